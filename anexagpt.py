@@ -1,0 +1,1628 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "safetensors==0.8.0",
+#     "packaging==26.3",
+#     "requests==2.34.2",
+#     "rich==15.0.0",
+# ]
+# ///
+"""Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
+
+    python anexagpt.py
+
+downloads The Adventures of Sherlock Holmes, learns to write it one character at a time, saves what it has learnt to
+model.safetensors, and then continues whatever you type. This file is the whole program. Read it from top to bottom:
+every section uses only what stands above it.
+
+    config -> data -> tokenizer -> model -> optimizer -> model file -> training -> generation -> REPL -> CLI
+
+    text (str) -> ids (N,) -> x, y (B, T) -> logits (B, T, V), loss -> weights -> model.safetensors -> characters
+
+Shapes are written with one letter a dimension: B batch, T time (characters in a window), C channels (n_embd), H heads,
+D = C / H channels of a head, S positions that can be looked at, V vocabulary (vocab_size), L layers (n_layer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import typing
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+__version__ = "1.0.0"
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+# A setting is one line: its type, default, limits and help. The command line, the checks and the model file all read
+# that line.
+
+
+class UserError(Exception):
+    """Something a person can put right. The message gives the value, the rule and the cure; `main` prints it."""
+
+
+def knob(default, help, low=None, high=None, choices=None, short=None):
+    """Dataclass field that is also a command-line option; `low` and `high` are the smallest and largest value allowed."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, short=short))
+
+
+def kinds(config: type) -> dict[str, tuple[type, ...]]:
+    """Types that each field of a config may have: `float | None` is (float, NoneType), `tuple[str, ...]` is (tuple,)."""
+    return {
+        name: (tuple,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
+        for name, hint in typing.get_type_hints(config).items()
+    }
+
+
+class Settings:
+    """Base of the config dataclasses: whoever makes one, from options or from a file, gets values within the limits."""
+
+    def __post_init__(self):
+        for name, allowed in kinds(type(self)).items():
+            value, rule = getattr(self, name), type(self).__dataclass_fields__[name].metadata
+            option = f"--{name.replace('_', '-')} {value!r}"
+            if type(value) not in allowed and not (type(value) is int and float in allowed):
+                raise UserError(f"{option}: must be {' or '.join(t.__name__ for t in allowed)}")
+            if rule.get("low") is not None and value is not None and not rule["low"] <= value <= rule["high"]:
+                raise UserError(f"{option}: must be from {rule['low']:,} to {rule['high']:,}")
+            if rule.get("choices") and value not in rule["choices"]:
+                raise UserError(f"{option}: must be one of {', '.join(rule['choices'])}")
+
+
+@dataclass(frozen=True)
+class GPTConfig(Settings):
+    """Shape of the network; stored in every model file, so that the file can rebuild its model."""
+
+    vocab_size: int = field(metadata=dict(low=2, high=0x110000))  # no option: the text decides
+    block_size: int = knob(256, "longest context, in characters (T)", 2, 65_536)
+    n_layer: int = knob(4, "transformer blocks (L)", 1, 1_000)
+    n_head: int = knob(4, "attention heads per block (H)", 1, 1_000)
+    n_embd: int = knob(128, "channels, a multiple of --n-head (C)", 1, 65_536)
+    dropout: float | None = knob(
+        None, "share of values dropped in training (default: by passes over the text)", 0.0, 0.9
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"--n-embd {self.n_embd} --n-head {self.n_head}: heads share the channels equally, so --n-embd must be "
+                f"a multiple of --n-head; the next one is {math.ceil(self.n_embd / self.n_head) * self.n_head}"
+            )
+
+    def n_parameters(self) -> int:
+        """Number of weights: two embeddings, 12 C^2 + 13 C for each block, and the last LayerNorm."""
+        C = self.n_embd
+        return (self.vocab_size + self.block_size) * C + self.n_layer * (12 * C * C + 13 * C) + 2 * C
+
+
+SIZES = {  # --size; 0.8 M, 10.7 M and 86 M parameters
+    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),
+    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
+    "large": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """How a model is trained; stored in the model file beside the result."""
+
+    max_steps: int = knob(5_000, "optimizer updates", 1, 100_000_000)
+    batch_size: int | None = knob(None, "windows of text per update (default: 64 on a GPU, 4 on a CPU)", 1, 1_000_000)
+    grad_accum: int = knob(1, "parts that a batch is computed in: less memory, same result", 1, 1_000_000)
+    muon_learning_rate: float = knob(0.012, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
+    learning_rate: float = knob(3e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
+    weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
+    warmup_steps: int = knob(100, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
+    eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
+    checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
+    seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size is not None and self.batch_size % self.grad_accum:
+            raise UserError(
+                f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}: the parts of a batch must be equal; "
+                f"use a --grad-accum that divides {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class SampleConfig(Settings):
+    """How the next character is chosen from the model's probabilities. The defaults of top-k, top-p, min-p are 'off'."""
+
+    temperature: float = knob(0.8, "below 1 safer, above 1 wilder; 0 always takes the likeliest character", 0.0, 100.0)
+    top_k: int = knob(0, "choose among the k likeliest characters only; 0 is off", 0, 0x110000)
+    top_p: float = knob(1.0, "choose among the likeliest that together have this probability; 1 is off", 0.0, 1.0)
+    min_p: float = knob(
+        0.0, "leave out what has less than this share of the likeliest's probability; 0 is off", 0.0, 1.0
+    )
+    repetition_penalty: float = knob(1.0, "above 1 makes characters that already occurred less likely", 0.01, 100.0)
+    max_new: int = knob(300, "characters to write", 0, 10**12, short="-n")
+    stop: tuple[str, ...] = knob((), "stop before this text appears; may be given several times")
+    seed: int | None = knob(None, "repeat the same random choices (default: new ones each time)", 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class DeviceConfig(Settings):
+    """Where the arithmetic happens, and how exactly."""
+
+    device: str = knob("auto", "auto takes CUDA, else MPS, else the CPU", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = knob("auto", "auto takes bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"))
+
+
+COMMANDS = {
+    "run": "all of it: text, training, model.safetensors, prompt; what no command at all means",
+    "train": "train a model and save it, without the prompt",
+    "chat": "talk to a saved model",
+    "generate": "continue one prompt and end; only the text goes to standard output",
+    "eval": "measure the loss of a saved model on a text",
+    "info": "tell what a model file is",
+}
+
+EXAMPLES = """\
+examples:
+  python anexagpt.py                                     learn Sherlock Holmes, then talk
+  python anexagpt.py train --data shakespeare            another built-in text: sherlock, shakespeare, python-docs
+  python anexagpt.py train --data diary.txt --out me.safetensors
+  python anexagpt.py chat --model me.safetensors --temperature 0.6
+  python anexagpt.py generate "It was a" -n 300 > story.txt
+  python anexagpt.py eval --data letters.txt
+
+Training can be stopped with Ctrl-C at any time; the same command goes on from there.
+'python anexagpt.py COMMAND --help' lists the options of a command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that suggest what was probably meant, and without guessing from abbreviations."""
+
+    def __init__(self, **options):
+        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)  # noqa: E731
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def add_settings(self, config: type, title: str, skip=()):
+        """Add an option for every knob of a config dataclass."""
+        group = self.add_argument_group(title)
+        for knob in fields(config):
+            rule = knob.metadata
+            if "help" not in rule or knob.name in skip:
+                continue
+            names = [f"--{knob.name.replace('_', '-')}"] + ([rule["short"]] if rule["short"] else [])
+            default = "" if knob.default in (None, ()) else f" (default: {knob.default})"
+            kind = kinds(config)[knob.name][0]
+            how = dict(action="append") if kind is tuple else dict(type=kind, choices=rule["choices"])
+            metavar = None if rule["choices"] else {int: "N", float: "X", tuple: "TEXT"}[kind]
+            # Absent options stay absent from the namespace: the dataclass has the defaults.
+            group.add_argument(*names, **how, metavar=metavar, default=argparse.SUPPRESS, help=rule["help"] + default)
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace; leaves the program for --help, --version and typing errors."""
+    top = Parser(prog="anexagpt.py", description=__doc__.split("\n")[0], epilog=EXAMPLES)
+    top.add_argument("--version", action="version", version=f"Anexa {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    known = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    for name, parser in known.items():
+        if name == "generate":
+            parser.add_argument("prompt", help="text to continue")
+            parser.add_argument("-k", "--samples", type=int, default=1, metavar="N", help="texts to write at once")
+        if name in ("run", "train"):
+            text = "sherlock, shakespeare, python-docs, a file, or a http(s) address (default: sherlock)"
+            parser.add_argument("--data", metavar="TEXT", help=text)
+            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
+            parser.add_argument(
+                "--out",
+                type=Path,
+                default=Path("model.safetensors"),
+                metavar="FILE",
+                help="where the model goes (default: model.safetensors)",
+            )
+            parser.add_argument("--restart", action="store_true", help="train anew, whatever was there before")
+            parser.add_argument("--quiet", action="store_true", help="no progress")
+            text = "; ".join(
+                f"{size} {' '.join(f'{k} {v}' for k, v in shape.items())}" for size, shape in SIZES.items()
+            )
+            parser.add_argument("--size", choices=SIZES, help=f"shape of the network: {text}")
+            parser.add_settings(GPTConfig, "network")
+            parser.add_settings(TrainConfig, "training")
+        else:
+            parser.add_argument(
+                "--model",
+                type=Path,
+                default=Path("model.safetensors"),
+                metavar="FILE",
+                help="model file (default: model.safetensors)",
+            )
+        if name == "eval":
+            parser.add_argument(
+                "--data", metavar="TEXT", help="text to measure on (default: what the model was trained on)"
+            )
+            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
+        if name in ("run", "chat", "generate"):
+            parser.add_settings(SampleConfig, "sampling", skip=("seed",) if name == "run" else ())
+        if name != "info":
+            parser.add_settings(DeviceConfig, "device")
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        argv = ["run", *argv]
+    options, unknown = top.parse_known_args(argv)
+    if unknown:
+        parser = known.get(options.command, top)
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        parser.error(f"{unknown[0]} is not an option of it" + (f"; did you mean {near[0]}?" if near else ""))
+    return options
+
+
+def from_options(config: type[Settings], options: argparse.Namespace, **others) -> Settings:
+    """A config dataclass with the values that were given on the command line and `others`; the rest by default."""
+    given = {knob.name: getattr(options, knob.name) for knob in fields(config) if hasattr(options, knob.name)}
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in (others | given).items()})
+
+
+if __name__ == "__main__":
+    # Before PyTorch is imported, which takes a second or two: --help and a typing error answer at once.
+    OPTIONS = parse_options(sys.argv[1:])
+
+import requests
+import rich.progress
+import safetensors
+import safetensors.torch
+import torch
+import urllib3
+from packaging.version import Version
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if Version(torch.__version__) < Version("2.9"):
+    sys.exit(
+        f"anexagpt.py: PyTorch {torch.__version__} is too old, 2.9 or later is needed: pip install -r requirements.txt"
+    )
+
+
+def say(text: str = "") -> None:
+    """Print a line for the person: to standard error, so that standard output holds generated text and nothing else."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` with control, bidirectional and surrogate characters spelt out, so that none can steer a terminal."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") or c in "\u00ad\u200c\u200d"
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )  # fmt: skip
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+# From a name, a file or an address to one long str.
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text that Anexa knows by name, where to get it, and how to know it from an error page or half a file."""
+
+    title: str
+    mirrors: tuple[str, ...]
+    ending: str  # words from the last page, so that they also prove that the file is whole
+
+
+SOURCES = {
+    "sherlock": Source(
+        "The Adventures of Sherlock Holmes",
+        (
+            "https://www.gutenberg.org/cache/epub/1661/pg1661.txt",
+            "https://www.gutenberg.org/files/1661/1661-0.txt",
+            "https://raw.githubusercontent.com/jsvine/markovify/master/test/texts/sherlock.txt",
+        ),
+        "I believe that she has met with considerable success",
+    ),
+    "shakespeare": Source(
+        "TinyShakespeare",
+        (
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
+        ),
+        "Whiles thou art waking.",
+    ),
+}
+FALLBACK = "python-docs"  # the language reference that every CPython carries
+MAX_DOWNLOAD = 2 << 30  # bytes
+
+
+class DownloadError(Exception):
+    """Why one address did not give a text."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text to learn from, or to be measured on."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
+    r"""The text in `raw` with \n line ends, without byte order mark and Project Gutenberg's licence around the book.
+
+    raises  UserError if the bytes are not text in that encoding
+    """
+    try:
+        text = raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+        text.encode()  # some encodings can spell surrogates, which are not characters
+    except LookupError:
+        raise UserError(
+            f"--encoding {encoding}: not a text encoding that Python knows; try utf-8, latin-1 or cp1252"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: not {encoding} text, byte {raw[error.start]:#04x} at offset {error.start:,} does not fit; "
+            f"give its encoding with --encoding, often cp1252, latin-1 or utf-16"
+        ) from None
+    except UnicodeError as error:
+        raise UserError(f"{name}: not {encoding} text ({error}); give its encoding with --encoding") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
+    if (start := re.search(marker % "START", text)) and (end := re.search(marker % "END", text)):
+        text = text[start.end() : end.start()].strip() + "\n"
+    return text
+
+
+def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float = 30.0) -> None:
+    """Download `url` to `path`; the file appears whole or not at all.
+
+    accept    whether the bytes are what was wanted
+    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
+    raises    DownloadError saying why not
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # One retry where nobody answers: without a network that must not take long.
+    again = (429, 500, 502, 503, 504)
+    retry = urllib3.Retry(3, connect=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False)
+    start = time.monotonic()
+    with requests.Session() as session:
+        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
+        session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with session.get(url, stream=True, timeout=(10, patience)) as answer, open(temporary, "wb") as file:
+                if answer.status_code != 200:
+                    raise DownloadError(f"the server answered {answer.status_code} {answer.reason}")
+                if "html" in answer.headers.get("Content-Type", ""):
+                    raise DownloadError("the server sent a web page, not a text")
+                size = answer.headers.get("Content-Length", "")
+                size = int(size) if size.isdigit() and "Content-Encoding" not in answer.headers else None
+                with progress(f"Downloading {path.name}", size) as advance:
+                    for chunk in answer.iter_content(1 << 16):
+                        advance(file.write(chunk))
+                        if file.tell() > MAX_DOWNLOAD:
+                            raise DownloadError(f"the answer is longer than {MAX_DOWNLOAD >> 30} GiB")
+                        if time.monotonic() - start > patience + file.tell() / 5_000:
+                            raise DownloadError("the server sends less than 5 kB/s")
+                file.flush()
+                os.fsync(file.fileno())
+            if not accept(temporary.read_bytes()):
+                raise DownloadError("what the server sent is not that text, or not all of it")
+            os.replace(temporary, path)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+            raise DownloadError(f"{type(error).__name__}: {error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on a terminal, one plain line elsewhere; gives the function that advances it."""
+    if not sys.stderr.isatty():
+        say(f"{title} ...")
+        yield lambda n: None
+        return
+    columns = (*rich.progress.Progress.get_default_columns()[:2], rich.progress.DownloadColumn())
+    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def download(name: str, folder: Path = Path("data")) -> bytes:
+    """The bytes of a built-in text or of an address, from the copy in `folder` or, the first time, from the network.
+
+    raises  DownloadError if no mirror gives it
+    """
+    if source := SOURCES.get(name):
+        mirrors, path = source.mirrors, folder / f"{name}.txt"
+        ending = source.ending.encode()
+    else:
+        mirrors, ending = (name,), b""
+        stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
+        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{stem}"
+
+    def accept(raw: bytes) -> bool:
+        if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
+            return False
+        return ending in b" ".join(raw.split())  # lines break elsewhere in every edition
+
+    if path.exists() and accept(raw := path.read_bytes()):
+        return raw
+    reasons = []
+    for url in mirrors * 2:  # the second time round for connections that broke half-way
+        try:
+            fetch(url, path, accept)
+            return path.read_bytes()
+        except DownloadError as error:
+            reasons.append(f"{urllib3.util.parse_url(url).host}: {error}")
+    raise DownloadError("; ".join(dict.fromkeys(reasons)))
+
+
+def python_docs() -> str:
+    """The language reference as CPython's own help() carries it: 465,000 characters, no network."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
+    """The text that `--data` names; by default Sherlock Holmes or, where that cannot be had, Python's own documentation.
+
+    raises  UserError if there is no such text
+    """
+    name = data or "sherlock"
+    try:
+        if name == FALLBACK:
+            return Corpus(name, python_docs())
+        if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
+            return Corpus(name, prepare(download(name), name, encoding))
+        return Corpus(name, prepare(Path(name).read_bytes(), name, encoding))
+    except DownloadError as error:
+        if data is None:
+            say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
+            say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
+            return load_corpus(FALLBACK)
+        raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
+    except FileNotFoundError:
+        texts = ", ".join((*SOURCES, FALLBACK))
+        raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling") from None
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# One token is one character. Its id is its place among the sorted characters of the text.
+
+UNKNOWN = "\ufffd"  # id 0: stands for every character that the text did not have, and is never written
+EQUIVALENTS = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2015\u2212", "'''\"\"\"----")
+
+
+class Tokenizer:
+    """Characters to ids and back. `characters[i]` is the character with id i; `characters[0]` is U+FFFD."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        points = torch.tensor([ord(c) for c in characters])
+        # One byte an id where that is enough: the text stays small, also on the GPU.
+        self.table = torch.zeros(0x110000, dtype=torch.uint8 if len(characters) <= 256 else torch.int32)
+        self.table[points] = torch.arange(len(characters), dtype=self.table.dtype)
+
+    @classmethod
+    def of(cls, text: str) -> Tokenizer:
+        return cls(UNKNOWN + "".join(sorted(set(text) - {UNKNOWN})))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """Ids (N,), uint8 if the vocabulary allows, else int32; 0 for characters that are not in the vocabulary."""
+        parts = [torch.empty(0, dtype=self.table.dtype)]
+        for start in range(0, len(text), 1 << 22):  # 16 MB of code points at a time
+            points = bytearray(text[start : start + (1 << 22)].encode("utf-32-le", "surrogatepass"))
+            parts.append(self.table.index_select(0, torch.frombuffer(points, dtype=torch.int32)))
+        return torch.cat(parts)
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of ids (N,)."""
+        return "".join(map(self.characters.__getitem__, ids.tolist()))
+
+    def admit(self, prompt: str) -> tuple[str, str]:
+        """`prompt` in characters that the model knows, and a one-line notice of what was changed ("" if nothing).
+
+        An unknown character becomes its plain equivalent (straight quotes, dash, no accent, other case) or goes.
+        """
+        known, changed, dropped = set(self.characters[1:]), {}, {}
+
+        def replacement(c: str) -> str:
+            plain = "".join(p for p in unicodedata.normalize("NFKD", c) if not unicodedata.combining(p))
+            for other in (c.translate(EQUIVALENTS), plain, c.swapcase(), plain.swapcase()):
+                if other and known.issuperset(other):
+                    changed[c] = other
+                    return other
+            dropped[c] = ""
+            return ""
+
+        text = "".join(c if c in known else replacement(c) for c in prompt.replace("\r\n", "\n").replace("\r", "\n"))
+        notices = []
+        if changed:
+            notices.append("read " + ", ".join(f"{c} as {other}" for c, other in changed.items()))
+        if dropped:
+            notices.append(f"left out {' '.join(dropped)} (not in the model's {len(self) - 1} characters)")
+        return text, "; ".join(notices)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+# GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): from ids to the probabilities of
+# the next character, at every position at once.
+
+
+class Cache:
+    """Keys and values of the positions read so far, so that one more character costs one position's arithmetic.
+
+    All shapes are fixed and `positions` lives on the device: on CUDA, a graph can record the reading of one character.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device, dtype=torch.float32):
+        L, H, S, D = config.n_layer, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.keys = torch.zeros(L, batch, H, S, D, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.everywhere = torch.arange(S, device=device)
+        self.length = 0
+
+    def take(self, T: int) -> None:
+        """Make room for the next T positions."""
+        self.positions = self.everywhere[self.length : self.length + T]
+        # Position t may look at itself and at what came before; what lies behind it has not been written yet.
+        self.mask = self.everywhere <= self.positions[:, None]  # (T, S)
+        self.length += T
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) of the new positions; returns those of all positions (B, H, S, D)."""
+        self.keys[layer].index_copy_(2, self.positions, k)
+        self.values[layer].index_copy_(2, self.positions, v)
+        return self.keys[layer], self.values[layer]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Mix of the values v (B, H, S, D), for each query q (B, H, T, D) by its likeness to the keys k (B, H, S, D).
+
+    mask    (T, S), True where a query may look; None: query t may look at keys 0 to t
+    source  Vaswani et al. 2017, "Attention Is All You Need", equation 1
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    # PyTorch's fused kernel is several times slower than these three lines for short contexts in bfloat16 on a CPU.
+    T, S = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, H, T, S)
+    hidden = torch.zeros(T, S, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    return torch.softmax(scores + hidden, dim=-1, dtype=scores.dtype) @ v  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Each position gathers from the positions before it what it needs to know."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is None:
+            y = attention(q, k, v, None)
+        else:
+            y = attention(q, *cache.extend(layer, k, v), cache.mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Each position thinks for itself about what it has gathered."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The tanh form of GELU (Hendrycks and Gimpel 2016, section 2) is the one that GPT-2's weights expect.
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream x."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout or 0.0
+
+    def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), layer, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """GPT-2's decoder with its names: wte, wpe, h, ln_f; the embedding wte is also the output layer."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, weight in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(weight)  # every block starts as the identity
+            elif weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of the character after each of `ids` (B, T).
+
+        With a cache, `ids` follow what the cache has already read, and only their own logits are computed.
+        raises  IndexError if the context would grow beyond block_size
+        """
+        B, T = ids.shape
+        if (cache.length if cache else 0) + T > self.config.block_size:
+            raise IndexError(f"a context of more than block_size = {self.config.block_size} characters")
+        if cache:
+            cache.take(T)
+        x = self.wte(ids) + (self.wpe(cache.positions) if cache else self.wpe.weight[:T])  # (B, T, C)
+        x = F.dropout(x, self.config.dropout or 0.0, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-probability of `targets` (B, T) under `logits` (B, T, V), in nats per character."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Multiple of the peak rates for update number `step`: linear warm-up to 1, then linear decay, to zero after the last.
+
+    step    updates done so far, from 0
+    raises  ValueError if step is negative or not below max_steps
+    source  Defazio et al. 2023, "Optimal Linear Decay Learning Rate Schedules and Further Refinements"
+    """
+    if not 0 <= step < cfg.max_steps:
+        raise ValueError(f"step {step} is not from 0 to {cfg.max_steps - 1}")
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    return (cfg.max_steps - step) / (cfg.max_steps - cfg.warmup_steps)
+
+
+def orthogonalise(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """X (N, rows, columns), rows <= columns, with every singular value moved close to 1: N matrices at once.
+
+    source  Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (quintic Newton-Schulz)
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(5):
+        A = X @ X.mT  # (N, rows, rows)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return X.float()
+
+
+class Muon:
+    """Momentum whose direction is orthogonalised, for matrices; all matrices of one shape go through it as one stack.
+
+    A matrix and the transpose of another of its shape share a stack. The result is that of `torch.optim.Muon`, to
+    rounding.
+    source  Jordan et al. 2024, as above; decay and momentum as in torch.optim.Muon
+    """
+
+    def __init__(
+        self, weights: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+    ):
+        self.lr, self.weight_decay, self.dtype, self.momentum = lr, weight_decay, dtype, momentum
+        shapes: dict[tuple[int, ...], list[Tensor]] = {}
+        for weight in weights:
+            shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+        self.stacks = list(shapes.values())
+        self.buffers = [w[0].new_zeros(len(w), *shape) for shape, w in shapes.items()]  # momentum, (N, rows, columns)
+
+    @torch.no_grad()
+    def step(self, rate: Tensor | float) -> None:
+        """One update at `rate` times the peak learning rate."""
+        for weights, buffer in zip(self.stacks, self.buffers, strict=True):
+            grad = torch.stack([w.grad if w.shape == buffer.shape[1:] else w.grad.T for w in weights])
+            buffer.lerp_(grad, 1 - self.momentum)
+            update = orthogonalise(grad.lerp(buffer, self.momentum), self.dtype)  # Nesterov's look ahead
+            for w, u in zip(weights, update.unbind(), strict=True):
+                u = u if w.shape == buffer.shape[1:] else u.T
+                scale = max(1, w.shape[0] / w.shape[1]) ** 0.5
+                w.mul_(1 - self.lr * self.weight_decay * rate).sub_(u * (self.lr * scale * rate))
+
+
+# ---- model file ------------------------------------------------------------------------------------------------------
+# model.safetensors holds the weights and, as JSON in the header, everything else that is needed to use them.
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a file tells about its weights: how to rebuild the network, read its ids, and where it all came from."""
+
+    config: GPTConfig
+    characters: str
+    data: dict  # name, sha256, characters
+    training: dict  # TrainConfig and the device, as used
+    step: int  # updates done
+    validation_loss: float  # the lowest, which is that of the weights kept; nats per character
+    history: list  # [step, training loss, validation loss], from first to last
+
+    def metadata(self) -> dict[str, str]:
+        """The header entries of a safetensors file: strings only, as the format wants."""
+        told = {name: json.dumps(value) for name, value in asdict(self).items()}
+        versions = dict(format_version=FORMAT_VERSION, anexa_version=__version__, torch_version=torch.__version__)
+        return {"format": "pt", **versions, **told}
+
+    def __str__(self) -> str:
+        size = self.config.n_parameters() / 1e6
+        return (
+            f"{size:.1f} M parameters, trained on {self.data['name']} for {self.step:,} steps, "
+            f"validation loss {self.validation_loss:.4f} nats/char"
+        )
+
+
+def save_file(path: Path, tensors: dict[str, Tensor], story: Story) -> None:
+    """Write tensors and story to `path`, which keeps its old content until the new one is safely on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        content = safetensors.torch.save(
+            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, story.metadata()
+        )
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_story(metadata: dict[str, str]) -> Story:
+    """The story in a header, which may hold anything.
+
+    raises  UserError or ValueError saying what is wrong with it
+    """
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not a number")
+
+    if metadata.get("format_version") != FORMAT_VERSION:
+        found = printable(metadata.get("format_version", "none"))[:20]
+        raise ValueError(f"its format_version is {found}, this program reads {FORMAT_VERSION}")
+    told = {}
+    for entry in fields(Story):
+        if entry.name not in metadata:
+            raise ValueError(f"its header has no {entry.name}")
+        told[entry.name] = json.loads(metadata[entry.name], parse_constant=refuse)
+    number = lambda value, kind=int | float: isinstance(value, kind) and abs(value) < 1e15  # noqa: E731
+    types = dict(
+        config=dict, characters=str, data=dict, training=dict, step=int, validation_loss=int | float, history=list
+    )
+    for name, kind in types.items():
+        if not isinstance(told[name], kind):
+            raise ValueError(f"its {name} is not of the right type")
+    if told["config"].keys() != {knob.name for knob in fields(GPTConfig)}:
+        raise ValueError("its config does not have the right entries")
+    config = told["config"] = GPTConfig(**told["config"])
+    characters = told["characters"]
+    characters.encode()  # refuses surrogates
+    if characters[:1] != UNKNOWN or list(characters[1:]) != sorted(set(characters[1:])) or UNKNOWN in characters[1:]:
+        raise ValueError("its characters are not U+FFFD followed by different characters in order")
+    if len(characters) != config.vocab_size:
+        raise ValueError(f"it has {len(characters)} characters, but a vocab_size of {config.vocab_size}")
+    name = told["data"].get("name")
+    if not isinstance(name, str) or not isinstance(told["data"].get("sha256"), str):
+        raise ValueError("its data set has no name or no sha256")
+    told["data"]["name"] = printable(name).replace("\n", " ")[:200]
+    if not number(told["step"]) or not number(told["validation_loss"]):
+        raise ValueError("its step or validation_loss is out of range")
+    for row in told["history"]:
+        if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)):
+            raise ValueError("its history is not made of step, training loss and validation loss")
+    return Story(**told)
+
+
+def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
+    """Story of a safetensors file of ours, and (shape, dtype) of each tensor; no tensor is read.
+
+    raises  UserError if there is no such file, or it is not whole, or not ours
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            story = parse_story(file.metadata() or {})
+            return story, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; train a model first with 'anexagpt.py train --out {path}'") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UserError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        reason = printable(str(error)).replace("\n", " ")[:200]
+        raise UserError(f"{path}: not a whole model of Anexa: {reason}; train one, or fetch it again") from None
+
+
+def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]:
+    """A model file's network in evaluation mode, its tokenizer and its story; every claim of the file is checked first.
+
+    raises  UserError if anything does not fit
+    """
+    story, found = open_file(path)
+
+    def demand(condition: bool, rule: str) -> None:
+        if not condition:
+            raise UserError(f"{path}: not a model of Anexa: {rule}; train one, or fetch it again")
+
+    demand(len(found) == 4 + 12 * story.config.n_layer, "its tensors are not those of its config")
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(story.config)
+    for name, weight in model.named_parameters():
+        shape, dtype = found.get(name, ((), "missing"))
+        demand(
+            shape == tuple(weight.shape) and dtype == "F32", f"{name} is {shape} {dtype}, not {tuple(weight.shape)} F32"
+        )
+    weights = safetensors.torch.load_file(path, device=str(device))
+    for name, weight in weights.items():
+        demand(bool(weight.isfinite().all()), f"{name} has values that are not finite")
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), Tokenizer(story.characters), story
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def choose_device(wanted: DeviceConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and number format for a DeviceConfig; `auto` is decided by what the machine says it can do.
+
+    raises  UserError if the device is not there
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in there if there[n]) if wanted.device == "auto" else wanted.device
+    if not there[name]:
+        usable = ", ".join(n for n in there if there[n])
+        raise UserError(
+            f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; it can use {usable}"
+        )
+    native = dict(
+        cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        mps=lambda: False,
+        cpu=lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    )
+    bfloat16 = wanted.dtype == "bfloat16" or wanted.dtype == "auto" and native[name]()
+    return torch.device(name), torch.bfloat16 if bfloat16 else torch.float32
+
+
+def split(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The first 90% of a text to learn from, the last 10% to be examined on."""
+    n = len(ids) * 9 // 10
+    return ids[:n], ids[n:]
+
+
+@torch.no_grad()
+def evaluate(model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, int]:
+    """Mean loss over the text `ids` (N,), in nats per character, and the number of characters it is the mean of.
+
+    The text is cut into windows of block_size that do not overlap, the last one shorter; every character but the first
+    is predicted once, from what precedes it in its window. Characters unknown to the model (id 0) are not counted. No
+    random numbers: the same weights give the same figure.
+    """
+    was_training, T = model.training, model.config.block_size
+    model.eval()
+    ids = ids.long()
+    whole = (len(ids) - 1) // T * T
+    rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
+    batches = list(zip(ids[:whole].view(-1, T).split(rows), ids[1 : whole + 1].view(-1, T).split(rows), strict=True))
+    if whole < len(ids) - 1:
+        batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
+    total, count = torch.zeros((), dtype=torch.float64 if ids.device.type != "mps" else torch.float32), 0
+    total = total.to(ids.device)
+    for x, y in batches:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(x)
+        total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
+        count += (y != 0).sum()
+    model.train(was_training)
+    return float(total / count), int(count)
+
+
+def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_size: int, seed: int) -> Tensor:
+    """Where the windows of text of updates `step` to `step + n_steps - 1` begin: (n_steps, batch).
+
+    The text is dealt out like a pack of cards: cut into windows at a random offset, shuffled, used up, then cut and
+    shuffled anew. It is a function of the seed and the step alone, so a continued run needs no random state for it.
+    """
+    per_pass = max(1, (n_characters - block_size - 1) // block_size)
+    spare = n_characters - block_size * per_pass  # offsets that leave room for the last target
+    first, last = step * batch, (step + n_steps) * batch
+    dealt = []
+    for number in range(first // per_pass, -(-last // per_pass)):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        offset = torch.randint(spare, (1,), generator=generator)
+        dealt.append(offset + block_size * torch.randperm(per_pass, generator=generator))
+    skip = first % per_pass
+    return torch.cat(dealt)[skip : skip + n_steps * batch].view(n_steps, batch)
+
+
+def default_dropout(passes: float) -> float:
+    """Dropout for a text that is seen `passes` times: a text that is seen often is learnt by heart unless this prevents it."""
+    return 0.0 if passes < 4 else 0.1 if passes < 40 else 0.2
+
+
+class Trainer:
+    """A model in training and everything that changes with it. One `update` after another, the rest reads or saves."""
+
+    CHUNK = 1_000  # updates whose windows are drawn at once
+
+    def __init__(self, config: GPTConfig, cfg: TrainConfig, ids: Tensor, device: torch.device, dtype: torch.dtype):
+        self.cfg, self.device, self.dtype, self.step = cfg, device, dtype, 0
+        self.history: list[list] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_loss = math.inf
+        torch.manual_seed(cfg.seed)
+        self.model = GPT(config).to(device)
+        self.ids, self.validation_ids = (part.to(device) for part in split(ids))
+        # Hidden matrices go to Muon; embeddings, LayerNorms and biases to AdamW.
+        matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
+        others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
+        self.muon = Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype)
+        rate = torch.tensor(0.0, device=device)
+        self.adamw = torch.optim.AdamW(
+            others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+        )
+        # What an update reads lives on the device, so that a CUDA graph of it needs nothing from Python.
+        self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step, as a tensor
+        self.losses = torch.zeros(cfg.max_steps, device=device)
+        self.chunk = -1  # the chunk of updates that `rates` and `starts` are filled for
+        self.rates = torch.zeros(self.CHUNK, device=device)
+        self.starts = torch.zeros(self.CHUNK, cfg.batch_size, dtype=torch.long, device=device)
+        self.window = torch.arange(config.block_size + 1, device=device)
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_left = 3 if device.type == "cuda" else sys.maxsize  # updates before the graph is recorded
+
+    def _update(self) -> None:
+        """One optimizer update: shapes that never change, and nothing that waits for the device."""
+        rate = self.rates[self.at % self.CHUNK]  # (1,)
+        starts = self.starts[self.at % self.CHUNK].T  # (B, 1)
+        text = self.ids[starts + self.window].long()  # (B, T + 1)
+        for part in text.chunk(self.cfg.grad_accum):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                logits = self.model(part[:, :-1])
+            loss = loss_of(logits, part[:, 1:]) / self.cfg.grad_accum
+            loss.backward()
+            self.losses.index_add_(0, self.at, loss.detach().view(1))
+        self.adamw.param_groups[0]["lr"].copy_(self.cfg.learning_rate * rate[0])
+        self.adamw.step()
+        self.muon.step(rate)
+        self.model.zero_grad(set_to_none=True)
+        self.at += 1
+
+    def update(self) -> None:
+        """Do the next update: on CUDA as the replay of a graph, recorded after the first few, that costs one launch."""
+        if self.chunk != self.step // self.CHUNK:
+            self.chunk = self.step // self.CHUNK
+            first, T = self.chunk * self.CHUNK, self.model.config.block_size
+            last = min(first + self.CHUNK, self.cfg.max_steps)
+            rates = torch.tensor([learning_rate(s, self.cfg) for s in range(first, last)])
+            starts = window_starts(first, self.CHUNK, self.cfg.batch_size, len(self.ids), T, self.cfg.seed)
+            self.rates[: last - first].copy_(rates)
+            self.starts.copy_(starts)
+        if self.eager_left:
+            self.eager_left -= 1
+            with torch.cuda.stream(self.stream):  # does nothing where there is no CUDA
+                self._update()
+        else:
+            if self.graph is None:
+                self.record()
+            self.graph.replay() if self.graph else self._update()
+        self.step += 1
+
+    def record(self) -> None:
+        """Record an update as a CUDA graph; should that fail, say so, and go on without."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._update()
+            self.graph = graph
+        except RuntimeError as error:
+            say(f"NOTE: no CUDA graph on this device ({str(error).splitlines()[0]}); going on without, which is slower")
+            self.eager_left = sys.maxsize
+
+    def evaluate(self) -> None:
+        """Measure both losses, note them in the history, and keep the weights if they are the best so far.
+
+        raises  UserError if the loss is no longer a number
+        """
+        since = self.history[-1][0] if self.history else 0
+        training = float(self.losses[since : self.step].mean())
+        validation, _ = evaluate(self.model, self.validation_ids, self.dtype)
+        if not math.isfinite(training + validation):
+            raise UserError(
+                f"the loss is {training} at step {self.step:,}: the training has diverged; lower --muon-learning-rate "
+                f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate})"
+            )
+        self.history.append([self.step, round(training, 6), round(validation, 6)])
+        if validation < self.best_loss:
+            self.best_loss = validation
+            self.best = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+
+    def overfitting(self) -> bool:
+        """Whether validation loss has risen for five measurements while training loss fell."""
+        best = min(range(len(self.history)), key=lambda i: self.history[i][2], default=0)
+        later = self.history[best + 1 :]
+        return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, and the best weights, as named tensors."""
+        tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
+        tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
+        tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
+        for i, state in self.adamw.state_dict()["state"].items():
+            tensors |= {f"adamw.{i}.{name}": value for name, value in state.items()}
+        tensors |= {"losses": self.losses, "rng.cpu": torch.get_rng_state()}
+        return tensors | ({"rng.cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], story: Story) -> None:
+        """Continue from a `state` and the story saved with it, as if there had been no interruption."""
+        self.step, self.history, self.best_loss = story.step, story.history, story.validation_loss
+        self.at.fill_(self.step)
+        self.losses.copy_(tensors["losses"])
+        for name, weight in self.model.named_parameters():
+            weight.copy_(tensors[f"model.{name}"])
+            if self.history:
+                self.best[name] = tensors[f"best.{name}"].to(self.device)
+        for i, buffer in enumerate(self.muon.buffers):
+            buffer.copy_(tensors[f"muon.{i}"])
+        optimizer = self.adamw.state_dict()
+        for i in optimizer["param_groups"][0]["params"]:
+            names = [name for name in tensors if name.startswith(f"adamw.{i}.")]
+            optimizer["state"][i] = {name.split(".")[2]: tensors[name] for name in names}
+        self.adamw.load_state_dict(optimizer)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def checkpoint_path(model: Path) -> Path:
+    """Where the state of the training of `model` is kept while it runs."""
+    return model.with_stem("checkpoint" if model.stem == "model" else f"{model.stem}-checkpoint")
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list instead of dying of them; the second one takes effect at once."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        caught.append(number)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, before[name])
+        say("Stopping after this step ... (once more: at once, losing what came after the last checkpoint)")
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+class Report:
+    """What a person sees of a training: a live line on a terminal, plain lines elsewhere, nothing if quiet."""
+
+    def __init__(self, trainer: Trainer, sample: Callable[[], str], quiet: bool):
+        self.trainer, self.sample, self.quiet, self.warned = trainer, sample, quiet, False
+        self.recent: deque[tuple[float, int]] = deque([(time.monotonic(), trainer.step)], maxlen=50)
+        self.live = None
+        if sys.stderr.isatty() and not quiet:
+            columns = "{task.completed:>6,.0f}/{task.total:,.0f}", "{task.fields[figures]}"
+            self.live = rich.progress.Progress(
+                rich.progress.TextColumn(columns[0]),
+                rich.progress.BarColumn(bar_width=12),
+                rich.progress.TextColumn(columns[1]),
+                console=Console(stderr=True, highlight=False),
+                transient=True,
+            )
+            self.task = self.live.add_task("", total=trainer.cfg.max_steps, completed=trainer.step, figures="")
+            self.live.start()
+
+    def figures(self) -> str:
+        """Losses, speed and time left in a fixed width."""
+        trainer, cfg = self.trainer, self.trainer.cfg
+        (before, first), (now, last) = self.recent[0], (time.monotonic(), trainer.step)
+        speed = (last - first) / max(now - before, 1e-9)  # updates a second
+        left = (
+            f"{int((cfg.max_steps - last) / speed) // 60:3d}:{int((cfg.max_steps - last) / speed) % 60:02d}"
+            if speed
+            else "  -:--"
+        )
+        measured, training, validation = trainer.history[-1] if trainer.history else (0, math.nan, math.nan)
+        if last > measured and trainer.device.type == "cpu":  # elsewhere a look at a loss would wait for the device
+            training = float(trainer.losses[max(measured, last - 50) : last].mean())
+        characters = speed * cfg.batch_size * trainer.model.config.block_size
+        return f"train {training:6.4f} | val {validation:6.4f} | {characters:10,.0f} char/s | {left} left"
+
+    def update(self) -> None:
+        """Tell of a step, a few times a second at most."""
+        if time.monotonic() - self.recent[-1][0] > 0.2:
+            self.recent.append((time.monotonic(), self.trainer.step))
+            if self.live:
+                self.live.update(self.task, completed=self.trainer.step, figures=self.figures())
+
+    def evaluation(self) -> None:
+        """Tell of new figures in the history, with a line of what the model writes now."""
+        if not self.quiet:
+            step, figures = f"step {self.trainer.step:>6,}/{self.trainer.cfg.max_steps:,}", self.figures()
+            sample = printable(self.sample().replace("\n", " "))
+            if self.live:
+                self.live.console.print(
+                    f"{step} | {figures.split(' | ')[0]} | {figures.split(' | ')[1]} | {sample}",
+                    markup=False,
+                    no_wrap=True,
+                    overflow="ellipsis",
+                    crop=True,
+                )
+            else:
+                say(f"{step} | {figures} | {sample}")
+        self.recent.append((time.monotonic(), self.trainer.step))
+        if self.trainer.overfitting() and not self.warned:
+            self.warned = True
+            say(
+                "NOTE: validation loss rises while training loss falls: the text is being learnt by heart. The best weights "
+                "are kept; more --dropout, fewer --max-steps or more text would help."
+            )
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+
+def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], Story]) -> None:
+    """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave; so does a full disk, unsaved.
+
+    raises  KeyboardInterrupt, SystemExit or UserError
+    """
+    cfg, saved = trainer.cfg, time.monotonic()
+    with interruptible() as caught:
+        try:
+            while trainer.step < cfg.max_steps:
+                trainer.update()
+                if trainer.step % cfg.eval_interval == 0 or trainer.step == cfg.max_steps:
+                    trainer.evaluate()
+                    report.evaluation()
+                report.update()
+                if caught or time.monotonic() - saved > cfg.checkpoint_interval:
+                    save_file(checkpoint, trainer.state(), story())
+                    saved = time.monotonic()
+                if caught and trainer.step < cfg.max_steps:
+                    report.close()
+                    say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
+                    raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
+        except torch.OutOfMemoryError:
+            B = cfg.batch_size
+            raise UserError(
+                f"--batch-size {B}: out of memory; try --grad-accum {cfg.grad_accum * 2} (same result)"
+            ) from None
+        finally:
+            report.close()
+
+
+def loss_chart(history: list, width: int = 72, height: int = 12) -> str:
+    """Training (o) and validation (x) loss over the steps, as lines of text."""
+    rows = [row for row in history if all(map(math.isfinite, row))]
+    if len(rows) < 2:
+        return ""
+    low, high = min(min(r[1:]) for r in rows), max(max(r[1:]) for r in rows)
+    last, columns = rows[-1][0], width - 9
+    grid = [[" "] * columns for _ in range(height)]
+    for step, training, validation in rows:
+        column = round(step / last * (columns - 1))
+        for loss, mark in ((training, "o"), (validation, "x")):
+            grid[round((high - loss) / max(high - low, 1e-9) * (height - 1))][column] = mark
+    lines = [f"{high - (high - low) * i / (height - 1):7.3f} |{''.join(line).rstrip()}" for i, line in enumerate(grid)]
+    lines.append(" " * 8 + "+" + "-" * columns)
+    lines.append(f"{'':9}0{f'step {last:,}':>{columns - 1}}")
+    lines.append(f"{'':9}loss in nats/char: o training, x validation")
+    return "\n".join(lines)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def adjust(logits: Tensor, cfg: SampleConfig, seen: Tensor | None = None) -> Tensor:
+    """Logits (B, V) after penalty, temperature, top-k, top-p and min-p, in that order; -inf for what is ruled out.
+
+    seen    (B, V), True for characters that already occurred; needed for the repetition penalty
+    source  Keskar et al. 2019, "CTRL", section 4.1 (penalty); Fan et al. 2018, "Hierarchical Neural Story Generation"
+            (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Nguyen et al. 2024,
+            "Turning Up the Heat: Min-p Sampling" (min-p)
+    """
+    if cfg.repetition_penalty != 1 and seen is not None:
+        penalised = torch.where(logits < 0, logits * cfg.repetition_penalty, logits / cfg.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if cfg.temperature not in (0, 1):
+        logits = logits / cfg.temperature
+    if 0 < cfg.top_k < logits.shape[-1]:
+        kth = logits.topk(cfg.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if cfg.top_p < 1:
+        ordered, index = logits.sort(descending=False)  # (B, V)
+        unlikely = ordered.softmax(-1).cumsum(-1) <= 1 - cfg.top_p
+        unlikely[:, -1] = False  # the likeliest stays, whatever top_p
+        logits = logits.masked_fill(unlikely.scatter(1, index, unlikely), -torch.inf)
+    if cfg.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < cfg.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, cfg: SampleConfig, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
+    """Ids (B,) drawn from logits (B, V) under the settings; never 0, the unknown character."""
+    logits = logits.float().cpu()  # one random stream, whatever the device
+    logits[:, 0] = -torch.inf
+    logits = adjust(logits, cfg, seen)
+    if cfg.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def window_start(n: int, block_size: int) -> int:
+    """Where the context begins after `n` characters of text.
+
+    Positions are absolute, so a full context cannot slide by one. When it is full, its last half is read again and the
+    text goes on from there.
+    """
+    half = block_size // 2
+    return 0 if n <= block_size else -(-(n - block_size) // half) * half
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT, prompt: Tensor, cfg: SampleConfig, generator: torch.Generator, batch: int = 1
+) -> Iterator[Tensor]:
+    """Endless continuation of `prompt` (N,), N > 0: ids (batch,) of the next character of `batch` texts, one at a time.
+
+    Memory does not grow with the length of the text.
+    """
+    device, T = model.wte.weight.device, model.config.block_size
+    length = len(prompt)
+    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool)
+    seen[:, prompt.long()] = True
+    window = prompt[window_start(length, T) :].long().to(device).expand(batch, -1)  # (B, S)
+    cache, unread = Cache(model.config, batch, device), window
+    while True:
+        ids = choose(model(unread, cache)[:, -1], cfg, generator, seen)  # (B,)
+        yield ids
+        seen.scatter_(1, ids[:, None], True)
+        length += 1
+        unread = ids[:, None].to(device)  # (B, 1)
+        window = torch.cat((window, unread), dim=1)
+        if window.shape[1] > T:
+            cache.length = 0
+            unread = window = window[:, window_start(T + 1, T) :]
+
+
+def write(
+    model: GPT, tokenizer: Tokenizer, prompt: str, cfg: SampleConfig, generator: torch.Generator, batch: int = 1
+) -> Iterator[list[str]]:
+    """Continuations of `prompt`, as they come: lists of `batch` pieces, to be joined; none holds a stop text.
+
+    An empty prompt continues from a line end. A piece is held back while it may be the beginning of a stop text.
+    """
+    ids = tokenizer.encode(prompt or "\n")
+    ids = ids if ids.any() else torch.ones_like(ids)
+    held, done = [""] * batch, [False] * batch
+    texts = stream(model, ids, cfg, generator, batch)
+    for _ in range(cfg.max_new):
+        pieces = [""] * batch
+        for i, c in enumerate(tokenizer.decode(next(texts))):
+            if done[i]:
+                continue
+            held[i] += c
+            for stop in cfg.stop:
+                if held[i].endswith(stop):
+                    held[i], done[i] = held[i][: -len(stop)], True
+                    break
+            waiting = (
+                0
+                if done[i]
+                else max((k for s in cfg.stop for k in range(1, len(s)) if held[i].endswith(s[:k])), default=0)
+            )
+            cut = len(held[i]) - waiting
+            pieces[i], held[i] = held[i][:cut], held[i][cut:]
+        yield pieces
+        if all(done):
+            return
+    yield held  # what waited for the rest of a stop text that did not come
+
+
+# ---- REPL ------------------------------------------------------------------------------------------------------------
+
+
+def random_source(seed: int | None) -> torch.Generator:
+    """Random numbers for sampling: the same for the same seed, new ones without."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def ask() -> str:
+    """A line from the person, or from a pipe; EOFError at its end."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input("Prompt: ")
+    print("Prompt: ", end="", file=sys.stderr, flush=True)
+    if line := sys.stdin.readline():
+        return line.rstrip("\n")
+    raise EOFError
+
+
+def chat(model: GPT, tokenizer: Tokenizer, cfg: SampleConfig) -> None:
+    """Continue one prompt after another until `quit`, `exit` or the end of the input."""
+    generator = random_source(cfg.seed)
+    say("\n--- Interactive Generation ---")
+    say("Enter a prompt to continue (or 'quit' to exit)")
+    while True:
+        try:
+            prompt = ask()
+            if prompt.strip() in ("quit", "exit"):
+                return
+        except EOFError:
+            return say()
+        except KeyboardInterrupt:
+            say("\n(quit or Ctrl-D leaves)")
+            continue
+        prompt, notice = tokenizer.admit(prompt)
+        if notice:
+            say(f"({notice})")
+        if not prompt:
+            continue
+        try:
+            print("Response: ", end="", file=sys.stderr, flush=True)
+            print(printable(prompt), end="", flush=True)
+            for (piece,) in write(model, tokenizer, prompt, cfg, generator):
+                print(printable(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # only the answer stops; what has come stays
+        print(flush=True)
+
+
+# ---- CLI -------------------------------------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
+    out, checkpoint = options.out, checkpoint_path(options.out)
+    device, dtype = choose_device(from_options(DeviceConfig, options))
+    before = None
+    if checkpoint.exists() and not options.restart:
+        before, _ = open_file(checkpoint)
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another folder"
+        ) from None
+
+    corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
+    tokenizer = Tokenizer.of(corpus.text)
+    ids = tokenizer.encode(corpus.text)
+    size = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
+    config = from_options(GPTConfig, options, **(size | dict(vocab_size=len(tokenizer))))
+    settings = {k: v for k, v in before.training.items() if k in TrainConfig.__dataclass_fields__} if before else {}
+    cfg = from_options(TrainConfig, options, **settings)
+    need = 10 * (config.block_size + 1)
+    if len(ids) < need:
+        raise UserError(
+            f"--data {corpus.name}: {len(ids):,} characters, but training needs at least {need:,} (10 windows of "
+            f"--block-size {config.block_size}); take a longer text or a smaller --block-size"
+        )
+    if cfg.batch_size is None:
+        cfg = replace(cfg, batch_size=4 if device.type == "cpu" else 64)
+    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
+    if config.dropout is None:
+        config = replace(config, dropout=default_dropout(passes))
+    data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
+    training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    trainer = Trainer(config, cfg, ids, device, dtype)
+
+    def story() -> Story:
+        loss = trainer.best_loss if trainer.history else None
+        return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
+
+    def sample() -> str:
+        texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
+        text = "".join(piece for (piece,) in texts)
+        trainer.model.train()
+        return text
+
+    if before:
+        differs = [
+            k
+            for k, v in (asdict(before.config) | before.training).items()
+            if (asdict(config) | training).get(k, v) != v
+        ]
+        if before.data != data:
+            differs.append("data")
+        if differs := [name for name in differs if name not in ("device", "dtype")]:
+            option = ", ".join(f"--{name.replace('_', '-')}" for name in differs)
+            raise UserError(
+                f"{checkpoint}: holds a training with other {option}; go on with its settings, or --restart"
+            )
+        try:
+            trainer.restore(safetensors.torch.load_file(checkpoint), before)
+        except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{checkpoint}: cannot be continued ({str(error).splitlines()[0]}); use --restart"
+            ) from None
+        say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
+    say(
+        f"{corpus.name}: {len(ids):,} characters, {len(tokenizer) - 1} different; {config.n_parameters() / 1e6:.1f} M "
+        f"parameters on {device.type} in {training['dtype']}; {cfg.max_steps:,} steps of {cfg.batch_size} x "
+        f"{config.block_size} characters, {passes:.0f} passes over the text, dropout {config.dropout}"
+    )
+    fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
+    if not options.quiet:
+        say(loss_chart(trainer.history))
+    say("Training finished...")
+    save_file(out, trainer.best, story())
+    checkpoint.unlink(missing_ok=True)
+    say(f"Model saved to {out}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The whole story: train unless there is a finished model, then talk."""
+    if options.restart or checkpoint_path(options.out).exists() or not options.out.exists():
+        train(options)
+    else:
+        story, _ = open_file(options.out)
+        used = asdict(story.config) | story.training | dict(data=story.data["name"])
+        wanted = {k: v for k, v in vars(options).items() if k in used and v is not None}
+        wanted |= SIZES[options.size] if options.size else {}
+        for name, value in wanted.items():
+            if value != used[name] and name not in ("device", "dtype"):
+                raise UserError(
+                    f"{options.out}: is a model with --{name.replace('_', '-')} {used[name]}, not {value}; "
+                    f"train anew with --restart, or beside it with --out FILE"
+                )
+        say(f"{options.out}: {story}")
+    model, tokenizer, _ = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
+    chat(model, tokenizer, replace(from_options(SampleConfig, options), seed=None))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run a command; the exit status: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.stdin.reconfigure(errors="replace")
+    try:
+        if options.command in ("run", "train"):
+            dict(run=run, train=train)[options.command](options)
+            return 0
+        if options.command == "info":
+            info(options.model)
+            return 0
+        device, dtype = choose_device(from_options(DeviceConfig, options))
+        model, tokenizer, story = load_model(options.model, device)
+        if options.command == "chat":
+            say(f"{options.model}: {story}")
+            chat(model, tokenizer, from_options(SampleConfig, options))
+        elif options.command == "generate":
+            generate(model, tokenizer, options)
+        elif options.command == "eval":
+            measure(model, tokenizer, story, options, dtype)
+        return 0
+    except UserError as error:
+        say(f"anexagpt.py: {error}")
+        return 2
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        say(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def generate(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    """Write continuations of one prompt to standard output."""
+    cfg = from_options(SampleConfig, options)
+    if not 1 <= options.samples <= 10_000:
+        raise UserError(f"--samples {options.samples}: must be from 1 to 10,000")
+    prompt, notice = tokenizer.admit(options.prompt)
+    if notice:
+        say(f"({notice})")
+    pieces = write(model, tokenizer, prompt, cfg, random_source(cfg.seed), options.samples)
+    if options.samples == 1:
+        print(printable(prompt), end="", flush=True)
+        for (piece,) in pieces:
+            print(printable(piece), end="", flush=True)
+        return print()
+    for text in map("".join, zip(*pieces, strict=True)):
+        print(printable(prompt + text) + "\n" + "-" * 40)
+
+
+def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
+    corpus = load_corpus(options.data or story.data["name"], options.encoding)
+    ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
+    if corpus.sha256 == story.data["sha256"]:
+        ids, part = split(ids)[1], "validation part"
+    unknown = int((ids == 0).sum())
+    if len(ids) - unknown < 2:
+        raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
+    loss, count = evaluate(model, ids, dtype)
+    print(
+        f"{corpus.name}, {part}: {loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(loss):.3f}, over {count:,} characters"
+    )
+    if unknown:
+        say(f"({unknown:,} characters that the model does not know were left out)")
+
+
+def info(path: Path) -> None:
+    """Print what a model file is."""
+    story, _ = open_file(path)
+    characters = story.characters[1:]
+    rows = {
+        "model": f"{path}, {path.stat().st_size:,} bytes",
+        "network": f"{story.config.n_parameters():,} parameters: "
+        + ", ".join(f"{k} {v}" for k, v in asdict(story.config).items()),
+        "data": f"{story.data['name']}, {story.data.get('characters', 0):,} characters, SHA-256 {story.data['sha256'][:16]}",
+        "characters": f"{len(characters)}: {''.join(characters).encode('unicode_escape').decode() if len(characters) < 500 else ''}",
+        "training": ", ".join(f"{k} {v}" for k, v in story.training.items()),
+        "result": str(story),
+    }
+    for name, text in rows.items():
+        print(f"{name:<12}{printable(text)}")
+    print(loss_chart(story.history))
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))
