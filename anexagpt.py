@@ -60,12 +60,12 @@ class UserError(Exception):
 
 
 def knob(default, help, low=None, high=None, choices=None, short=None):
-    """Dataclass field that is also a command-line option; `low` and `high` are the smallest and largest value allowed."""
+    """Dataclass field that is also a command-line option, with the smallest and the largest value allowed."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, short=short))
 
 
 def kinds(config: type) -> dict[str, tuple[type, ...]]:
-    """Types that each field of a config may have: `float | None` is (float, NoneType), `tuple[str, ...]` is (tuple,)."""
+    """Types that each field of a config may have: (float, NoneType) for `float | None`, (tuple,) for any tuple."""
     return {
         name: (tuple,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
         for name, hint in typing.get_type_hints(config).items()
@@ -96,9 +96,7 @@ class GPTConfig(Settings):
     n_layer: int = knob(4, "transformer blocks (L)", 1, 1_000)
     n_head: int = knob(4, "attention heads per block (H)", 1, 1_000)
     n_embd: int = knob(128, "channels, a multiple of --n-head (C)", 1, 65_536)
-    dropout: float | None = knob(
-        None, "share of values dropped in training (default: by passes over the text)", 0.0, 0.9
-    )
+    dropout: float | None = knob(None, "share of values dropped in training (default: by passes over text)", 0.0, 0.9)
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,7 +145,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
-    """How the next character is chosen from the model's probabilities. The defaults of top-k, top-p, min-p are 'off'."""
+    """How the next character is chosen from the probabilities. As they stand, top-k, top-p and min-p are off."""
 
     temperature: float = knob(0.8, "below 1 safer, above 1 wilder; 0 always takes the likeliest character", 0.0, 100.0)
     top_k: int = knob(0, "choose among the k likeliest characters only; 0 is off", 0, 0x110000)
@@ -223,47 +221,32 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     top.add_argument("--version", action="version", version=f"Anexa {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     known = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    model = dict(type=Path, default=Path("model.safetensors"), metavar="FILE")
+    shapes = "; ".join(f"{size} " + " ".join(f"{k} {v}" for k, v in shape.items()) for size, shape in SIZES.items())
     for name, parser in known.items():
         if name == "generate":
             parser.add_argument("prompt", help="text to continue")
             parser.add_argument("-k", "--samples", type=int, default=1, metavar="N", help="texts to write at once")
         if name in ("run", "train"):
-            text = "sherlock, shakespeare, python-docs, a file, or a http(s) address (default: sherlock)"
-            parser.add_argument("--data", metavar="TEXT", help=text)
-            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
-            parser.add_argument(
-                "--out",
-                type=Path,
-                default=Path("model.safetensors"),
-                metavar="FILE",
-                help="where the model goes (default: model.safetensors)",
-            )
+            parser.add_argument("--out", **model, help="where the model goes (default: model.safetensors)")
             parser.add_argument("--restart", action="store_true", help="train anew, whatever was there before")
             parser.add_argument("--quiet", action="store_true", help="no progress")
-            text = "; ".join(
-                f"{size} {' '.join(f'{k} {v}' for k, v in shape.items())}" for size, shape in SIZES.items()
-            )
-            parser.add_argument("--size", choices=SIZES, help=f"shape of the network: {text}")
+        else:
+            parser.add_argument("--model", **model, help="model file (default: model.safetensors)")
+        if name in ("run", "train", "eval"):
+            default = "what the model was trained on" if name == "eval" else "sherlock"
+            text = f"sherlock, shakespeare, python-docs, a file, or a http(s) address (default: {default})"
+            parser.add_argument("--data", metavar="TEXT", help=text)
+            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
+        if name in ("run", "train"):
+            parser.add_argument("--size", choices=SIZES, help=f"shape of the network (default: small): {shapes}")
             parser.add_settings(GPTConfig, "network")
             parser.add_settings(TrainConfig, "training")
-        else:
-            parser.add_argument(
-                "--model",
-                type=Path,
-                default=Path("model.safetensors"),
-                metavar="FILE",
-                help="model file (default: model.safetensors)",
-            )
-        if name == "eval":
-            parser.add_argument(
-                "--data", metavar="TEXT", help="text to measure on (default: what the model was trained on)"
-            )
-            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
         if name in ("run", "chat", "generate"):
             parser.add_settings(SampleConfig, "sampling", skip=("seed",) if name == "run" else ())
         if name != "info":
             parser.add_settings(DeviceConfig, "device")
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["run", *argv]
     options, unknown = top.parse_known_args(argv)
     if unknown:
@@ -375,9 +358,7 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
         text = raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
         text.encode()  # some encodings can spell surrogates, which are not characters
     except LookupError:
-        raise UserError(
-            f"--encoding {encoding}: not a text encoding that Python knows; try utf-8, latin-1 or cp1252"
-        ) from None
+        raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name}: not {encoding} text, byte {raw[error.start]:#04x} at offset {error.start:,} does not fit; "
@@ -428,8 +409,12 @@ def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float
             if not accept(temporary.read_bytes()):
                 raise DownloadError("what the server sent is not that text, or not all of it")
             os.replace(temporary, path)
+        except requests.Timeout:
+            raise DownloadError("no answer") from None
+        except requests.ConnectionError:
+            raise DownloadError("no connection, or it broke") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-            raise DownloadError(f"{type(error).__name__}: {error}") from None
+            raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -485,7 +470,7 @@ def python_docs() -> str:
 
 
 def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
-    """The text that `--data` names; by default Sherlock Holmes or, where that cannot be had, Python's own documentation.
+    """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
 
     raises  UserError if there is no such text
     """
@@ -690,7 +675,7 @@ class GPT(nn.Module):
         With a cache, `ids` follow what the cache has already read, and only their own logits are computed.
         raises  IndexError if the context would grow beyond block_size
         """
-        B, T = ids.shape
+        T = ids.shape[1]
         if (cache.length if cache else 0) + T > self.config.block_size:
             raise IndexError(f"a context of more than block_size = {self.config.block_size} characters")
         if cache:
@@ -711,7 +696,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Multiple of the peak rates for update number `step`: linear warm-up to 1, then linear decay, to zero after the last.
+    """Multiple of the peak rates for update number `step`: linear warm-up to 1, then linear decay to zero.
 
     step    updates done so far, from 0
     raises  ValueError if step is negative or not below max_steps
@@ -856,6 +841,8 @@ def parse_story(metadata: dict[str, str]) -> Story:
     name = told["data"].get("name")
     if not isinstance(name, str) or not isinstance(told["data"].get("sha256"), str):
         raise ValueError("its data set has no name or no sha256")
+    if not number(told["data"].get("characters")):
+        raise ValueError("its data set has no number of characters")
     told["data"]["name"] = printable(name).replace("\n", " ")[:200]
     if not number(told["step"]) or not number(told["validation_loss"]):
         raise ValueError("its step or validation_loss is out of range")
@@ -930,7 +917,7 @@ def choose_device(wanted: DeviceConfig) -> tuple[torch.device, torch.dtype]:
         mps=lambda: False,
         cpu=lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     )
-    bfloat16 = wanted.dtype == "bfloat16" or wanted.dtype == "auto" and native[name]()
+    bfloat16 = wanted.dtype == "bfloat16" or (wanted.dtype == "auto" and native[name]())
     return torch.device(name), torch.bfloat16 if bfloat16 else torch.float32
 
 
@@ -986,7 +973,7 @@ def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_
 
 
 def default_dropout(passes: float) -> float:
-    """Dropout for a text that is seen `passes` times: a text that is seen often is learnt by heart unless this prevents it."""
+    """Dropout for a text seen `passes` times: what is seen often is learnt by heart, unless this prevents it."""
     return 0.0 if passes < 4 else 0.1 if passes < 40 else 0.2
 
 
@@ -1159,61 +1146,47 @@ class Report:
         self.recent: deque[tuple[float, int]] = deque([(time.monotonic(), trainer.step)], maxlen=50)
         self.live = None
         if sys.stderr.isatty() and not quiet:
-            columns = "{task.completed:>6,.0f}/{task.total:,.0f}", "{task.fields[figures]}"
-            self.live = rich.progress.Progress(
-                rich.progress.TextColumn(columns[0]),
-                rich.progress.BarColumn(bar_width=12),
-                rich.progress.TextColumn(columns[1]),
-                console=Console(stderr=True, highlight=False),
-                transient=True,
-            )
-            self.task = self.live.add_task("", total=trainer.cfg.max_steps, completed=trainer.step, figures="")
+            columns = rich.progress.BarColumn(bar_width=10), rich.progress.TextColumn("{task.description}")
+            self.live = rich.progress.Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+            self.task = self.live.add_task("", total=trainer.cfg.max_steps, completed=trainer.step)
             self.live.start()
 
-    def figures(self) -> str:
-        """Losses, speed and time left in a fixed width."""
+    def figures(self) -> tuple[str, str]:
+        """Step and losses, then speed and time left, in a fixed width."""
         trainer, cfg = self.trainer, self.trainer.cfg
         (before, first), (now, last) = self.recent[0], (time.monotonic(), trainer.step)
         speed = (last - first) / max(now - before, 1e-9)  # updates a second
-        left = (
-            f"{int((cfg.max_steps - last) / speed) // 60:3d}:{int((cfg.max_steps - last) / speed) % 60:02d}"
-            if speed
-            else "  -:--"
-        )
+        left = divmod(int((cfg.max_steps - last) / speed), 60) if speed else (0, 0)
         measured, training, validation = trainer.history[-1] if trainer.history else (0, math.nan, math.nan)
         if last > measured and trainer.device.type == "cpu":  # elsewhere a look at a loss would wait for the device
             training = float(trainer.losses[max(measured, last - 50) : last].mean())
         characters = speed * cfg.batch_size * trainer.model.config.block_size
-        return f"train {training:6.4f} | val {validation:6.4f} | {characters:10,.0f} char/s | {left} left"
+        step = f"step {last:>{len(str(cfg.max_steps))}}/{cfg.max_steps} train {training:.4f} val {validation:.4f}"
+        return step, f"{characters:9,.0f} char/s {left[0]:3}:{left[1]:02} left"
 
     def update(self) -> None:
         """Tell of a step, a few times a second at most."""
         if time.monotonic() - self.recent[-1][0] > 0.2:
             self.recent.append((time.monotonic(), self.trainer.step))
             if self.live:
-                self.live.update(self.task, completed=self.trainer.step, figures=self.figures())
+                self.live.update(self.task, completed=self.trainer.step, description=" ".join(self.figures()))
 
     def evaluation(self) -> None:
         """Tell of new figures in the history, with a line of what the model writes now."""
         if not self.quiet:
-            step, figures = f"step {self.trainer.step:>6,}/{self.trainer.cfg.max_steps:,}", self.figures()
+            losses, speed = self.figures()
             sample = printable(self.sample().replace("\n", " "))
             if self.live:
-                self.live.console.print(
-                    f"{step} | {figures.split(' | ')[0]} | {figures.split(' | ')[1]} | {sample}",
-                    markup=False,
-                    no_wrap=True,
-                    overflow="ellipsis",
-                    crop=True,
-                )
+                line = f"{losses} | {sample}"
+                self.live.console.print(line, markup=False, emoji=False, no_wrap=True, overflow="ellipsis")
             else:
-                say(f"{step} | {figures} | {sample}")
+                say(f"{losses} {speed} | {sample}")
         self.recent.append((time.monotonic(), self.trainer.step))
         if self.trainer.overfitting() and not self.warned:
             self.warned = True
             say(
-                "NOTE: validation loss rises while training loss falls: the text is being learnt by heart. The best weights "
-                "are kept; more --dropout, fewer --max-steps or more text would help."
+                "NOTE: validation loss rises while training loss falls: the text is being learnt by heart. The best "
+                "weights are kept; more --dropout, fewer --max-steps or more text would help."
             )
 
     def close(self) -> None:
@@ -1450,13 +1423,14 @@ def train(options: argparse.Namespace) -> None:
             f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another folder"
         ) from None
 
+    size = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
+    settings = {k: v for k, v in before.training.items() if k in TrainConfig.__dataclass_fields__} if before else {}
+    cfg = from_options(TrainConfig, options, **settings)
+    from_options(GPTConfig, options, **(dict(vocab_size=2) | size))  # complains now, not after the download
     corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
     tokenizer = Tokenizer.of(corpus.text)
     ids = tokenizer.encode(corpus.text)
-    size = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
     config = from_options(GPTConfig, options, **(size | dict(vocab_size=len(tokenizer))))
-    settings = {k: v for k, v in before.training.items() if k in TrainConfig.__dataclass_fields__} if before else {}
-    cfg = from_options(TrainConfig, options, **settings)
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -1599,9 +1573,8 @@ def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Na
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
     loss, count = evaluate(model, ids, dtype)
-    print(
-        f"{corpus.name}, {part}: {loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(loss):.3f}, over {count:,} characters"
-    )
+    figures = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(loss):.3f}"
+    print(f"{printable(corpus.name)}, {part}: {figures}, over {count:,} characters")
     if unknown:
         say(f"({unknown:,} characters that the model does not know were left out)")
 
@@ -1609,15 +1582,14 @@ def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Na
 def info(path: Path) -> None:
     """Print what a model file is."""
     story, _ = open_file(path)
-    characters = story.characters[1:]
+    listing = lambda entries: ", ".join(f"{name} {value}" for name, value in entries.items())  # noqa: E731
+    characters, data = story.characters[1:], story.data
     rows = {
-        "model": f"{path}, {path.stat().st_size:,} bytes",
-        "network": f"{story.config.n_parameters():,} parameters: "
-        + ", ".join(f"{k} {v}" for k, v in asdict(story.config).items()),
-        "data": f"{story.data['name']}, {story.data.get('characters', 0):,} characters, SHA-256 {story.data['sha256'][:16]}",
-        "characters": f"{len(characters)}: {''.join(characters).encode('unicode_escape').decode() if len(characters) < 500 else ''}",
-        "training": ", ".join(f"{k} {v}" for k, v in story.training.items()),
-        "result": str(story),
+        "model": f"{path}, {path.stat().st_size:,} bytes, {story}",
+        "network": f"{story.config.n_parameters():,} parameters: {listing(asdict(story.config))}",
+        "characters": f"{len(characters):,}: {characters[:200].encode('unicode_escape').decode()}",
+        "data": f"{data['name']}, {data['characters']:,} characters, SHA-256 {data['sha256'][:16]}",
+        "training": listing(story.training),
     }
     for name, text in rows.items():
         print(f"{name:<12}{printable(text)}")
