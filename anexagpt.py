@@ -7,6 +7,7 @@
 #     "packaging==26.3",
 #     "requests==2.34.2",
 #     "rich==15.0.0",
+#     "filelock==4.2.11",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
@@ -37,7 +38,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import typing
 import unicodedata
@@ -266,6 +266,7 @@ if __name__ == "__main__":
     # Before PyTorch is imported, which takes a second or two: --help and a typing error answer at once.
     OPTIONS = parse_options(sys.argv[1:])
 
+import filelock
 import requests
 import rich.progress
 import safetensors
@@ -1195,7 +1196,7 @@ class Report:
 
 
 def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], Story]) -> None:
-    """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave; so does a full disk, unsaved.
+    """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave.
 
     raises  KeyboardInterrupt, SystemExit or UserError
     """
@@ -1209,7 +1210,12 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.evaluation()
                 report.update()
                 if caught or time.monotonic() - saved > cfg.checkpoint_interval:
-                    save_file(checkpoint, trainer.state(), story())
+                    try:
+                        save_file(checkpoint, trainer.state(), story())
+                    except UserError as error:
+                        if caught:
+                            raise
+                        say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
                 if caught and trainer.step < cfg.max_steps:
                     report.close()
@@ -1409,28 +1415,74 @@ def chat(model: GPT, tokenizer: Tokenizer, cfg: SampleConfig) -> None:
 # ---- CLI -------------------------------------------------------------------------------------------------------------
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
-    out, checkpoint = options.out, checkpoint_path(options.out)
-    device, dtype = choose_device(from_options(DeviceConfig, options))
-    before = None
-    if checkpoint.exists() and not options.restart:
-        before, _ = open_file(checkpoint)
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another folder"
-        ) from None
+def conflict(options: argparse.Namespace, story: Story) -> str:
+    """What the command line asks for that a file's story tells otherwise; "" if nothing."""
+    told = asdict(story.config) | story.training | dict(data=story.data["name"])
+    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in ("device", "dtype")}
+    wanted = (SIZES[options.size] if options.size else {}) | given
+    return ", ".join(
+        f"--{name.replace('_', '-')} {told[name]}, not {value}" for name, value in wanted.items() if told[name] != value
+    )
 
-    size = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
-    settings = {k: v for k, v in before.training.items() if k in TrainConfig.__dataclass_fields__} if before else {}
-    cfg = from_options(TrainConfig, options, **settings)
-    from_options(GPTConfig, options, **(dict(vocab_size=2) | size))  # complains now, not after the download
+
+@contextmanager
+def sole_training(out: Path) -> Iterator[None]:
+    """Hold the lock that lets only one process train `out`.
+
+    raises  UserError if another has it, or the folder cannot be written to
+    """
+    path = out.with_name(f".{out.name}.lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        path.write_text(str(os.getpid()))
+    except filelock.Timeout:
+        raise UserError(
+            f"--out {out}: process {path.read_text()} is training it; wait for it or choose another"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
+    """Story of the interrupted training to continue, if there is one; a person may choose to begin anew instead.
+
+    raises  UserError if it cannot be continued with these options, and nobody is there to ask
+    """
+    if options.restart or not checkpoint.exists():
+        return None
+    story, _ = open_file(checkpoint)
+    difference = conflict(options, story)
+    if not difference:
+        return story
+    what = f"{checkpoint}: holds a training, stopped at step {story.step:,}, with {difference}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{what}; leave out what differs to go on with it, or begin anew with --restart")
+    say(what)
+    if input("Begin anew and lose it? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was done; leave out what differs to go on with that training")
+    return None
+
+
+def prepare_training(
+    options: argparse.Namespace, before: Story | None, device, dtype
+) -> tuple[Trainer, Tokenizer, dict]:
+    """Trainer, tokenizer and facts about the text, by the options and, for the rest, by the training to be continued."""
+    shape = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
+    known = TrainConfig.__dataclass_fields__
+    cfg = from_options(
+        TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
+    )
+    from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
     corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
     tokenizer = Tokenizer.of(corpus.text)
     ids = tokenizer.encode(corpus.text)
-    config = from_options(GPTConfig, options, **(size | dict(vocab_size=len(tokenizer))))
+    config = from_options(GPTConfig, options, **(shape | dict(vocab_size=len(tokenizer))))
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -1439,55 +1491,57 @@ def train(options: argparse.Namespace) -> None:
         )
     if cfg.batch_size is None:
         cfg = replace(cfg, batch_size=4 if device.type == "cpu" else 64)
-    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
     if config.dropout is None:
+        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
-    training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
-    trainer = Trainer(config, cfg, ids, device, dtype)
+    return Trainer(config, cfg, ids, device, dtype), tokenizer, data
 
-    def story() -> Story:
-        loss = trainer.best_loss if trainer.history else None
-        return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
 
-    def sample() -> str:
-        texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
-        text = "".join(piece for (piece,) in texts)
-        trainer.model.train()
-        return text
+def train(options: argparse.Namespace) -> None:
+    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
+    out, checkpoint = options.out, checkpoint_path(options.out)
+    device, dtype = choose_device(from_options(DeviceConfig, options))
+    with sole_training(out):
+        before = unfinished(options, checkpoint)
+        trainer, tokenizer, data = prepare_training(options, before, device, dtype)
+        config, cfg = trainer.model.config, trainer.cfg
+        training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
+        if before:
+            if before.data != data:
+                raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
+            try:
+                trainer.restore(safetensors.torch.load_file(checkpoint), before)
+            except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+                reason = printable(str(error)).splitlines()[0]
+                raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
+            say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
 
-    if before:
-        differs = [
-            k
-            for k, v in (asdict(before.config) | before.training).items()
-            if (asdict(config) | training).get(k, v) != v
-        ]
-        if before.data != data:
-            differs.append("data")
-        if differs := [name for name in differs if name not in ("device", "dtype")]:
-            option = ", ".join(f"--{name.replace('_', '-')}" for name in differs)
-            raise UserError(
-                f"{checkpoint}: holds a training with other {option}; go on with its settings, or --restart"
+        def story() -> Story:
+            loss = trainer.best_loss if trainer.history else None
+            return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
+
+        def sample() -> str:
+            texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
+            text = "".join(piece for (piece,) in texts)
+            trainer.model.train()
+            return text
+
+        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+        if not options.quiet:
+            say(
+                f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
+                f"{config.n_parameters() / 1e6:.1f} M parameters on {device.type} in {training['dtype']}; "
+                f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
+                f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
-        try:
-            trainer.restore(safetensors.torch.load_file(checkpoint), before)
-        except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"{checkpoint}: cannot be continued ({str(error).splitlines()[0]}); use --restart"
-            ) from None
-        say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
-    say(
-        f"{corpus.name}: {len(ids):,} characters, {len(tokenizer) - 1} different; {config.n_parameters() / 1e6:.1f} M "
-        f"parameters on {device.type} in {training['dtype']}; {cfg.max_steps:,} steps of {cfg.batch_size} x "
-        f"{config.block_size} characters, {passes:.0f} passes over the text, dropout {config.dropout}"
-    )
-    fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
-    if not options.quiet:
-        say(loss_chart(trainer.history))
-    say("Training finished...")
-    save_file(out, trainer.best, story())
-    checkpoint.unlink(missing_ok=True)
-    say(f"Model saved to {out}")
+        fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
+        if not options.quiet:
+            say(loss_chart(trainer.history))
+        say("Training finished...")
+        save_file(out, trainer.best, story())
+        checkpoint.unlink(missing_ok=True)
+        say(f"Model saved to {out}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -1496,15 +1550,9 @@ def run(options: argparse.Namespace) -> None:
         train(options)
     else:
         story, _ = open_file(options.out)
-        used = asdict(story.config) | story.training | dict(data=story.data["name"])
-        wanted = {k: v for k, v in vars(options).items() if k in used and v is not None}
-        wanted |= SIZES[options.size] if options.size else {}
-        for name, value in wanted.items():
-            if value != used[name] and name not in ("device", "dtype"):
-                raise UserError(
-                    f"{options.out}: is a model with --{name.replace('_', '-')} {used[name]}, not {value}; "
-                    f"train anew with --restart, or beside it with --out FILE"
-                )
+        if difference := conflict(options, story):
+            cure = "train anew with --restart, or beside it with --out FILE"
+            raise UserError(f"{options.out}: is a finished model with {difference}; {cure}")
         say(f"{options.out}: {story}")
     model, tokenizer, _ = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
     chat(model, tokenizer, replace(from_options(SampleConfig, options), seed=None))
