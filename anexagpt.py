@@ -769,7 +769,7 @@ class Story:
     data: dict  # name, sha256, characters
     training: dict  # TrainConfig and the device, as used
     step: int  # updates done
-    validation_loss: float  # the lowest, which is that of the weights kept; nats per character
+    validation_loss: float | None  # the lowest, that of the weights kept, in nats per character; None before the first
     history: list  # [step, training loss, validation loss], from first to last
 
     def metadata(self) -> dict[str, str]:
@@ -782,7 +782,7 @@ class Story:
         size = self.config.n_parameters() / 1e6
         return (
             f"{size:.1f} M parameters, trained on {self.data['name']} for {self.step:,} steps, "
-            f"validation loss {self.validation_loss:.4f} nats/char"
+            f"validation loss {self.validation_loss or math.nan:.4f} nats/char"
         )
 
 
@@ -825,7 +825,13 @@ def parse_story(metadata: dict[str, str]) -> Story:
         told[entry.name] = json.loads(metadata[entry.name], parse_constant=refuse)
     number = lambda value, kind=int | float: isinstance(value, kind) and abs(value) < 1e15  # noqa: E731
     types = dict(
-        config=dict, characters=str, data=dict, training=dict, step=int, validation_loss=int | float, history=list
+        config=dict,
+        characters=str,
+        data=dict,
+        training=dict,
+        step=int,
+        validation_loss=int | float | None,
+        history=list,
     )
     for name, kind in types.items():
         if not isinstance(told[name], kind):
@@ -845,7 +851,7 @@ def parse_story(metadata: dict[str, str]) -> Story:
     if not number(told["data"].get("characters")):
         raise ValueError("its data set has no number of characters")
     told["data"]["name"] = printable(name).replace("\n", " ")[:200]
-    if not number(told["step"]) or not number(told["validation_loss"]):
+    if not number(told["step"]) or not number(told["validation_loss"] or 0):
         raise ValueError("its step or validation_loss is out of range")
     for row in told["history"]:
         if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)):
@@ -1096,7 +1102,8 @@ class Trainer:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], story: Story) -> None:
         """Continue from a `state` and the story saved with it, as if there had been no interruption."""
-        self.step, self.history, self.best_loss = story.step, story.history, story.validation_loss
+        self.step, self.history = story.step, story.history
+        self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
         self.losses.copy_(tensors["losses"])
         for name, weight in self.model.named_parameters():
@@ -1470,9 +1477,9 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
 
 
 def prepare_training(
-    options: argparse.Namespace, before: Story | None, device, dtype
+    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Trainer, Tokenizer, dict]:
-    """Trainer, tokenizer and facts about the text, by the options and, for the rest, by the training to be continued."""
+    """Trainer, tokenizer and facts about the text, by the options and else by the training to be continued."""
     shape = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
     known = TrainConfig.__dataclass_fields__
     cfg = from_options(
