@@ -126,10 +126,10 @@ class TrainConfig(Settings):
     max_steps: int = knob(5_000, "optimizer updates", 1, 100_000_000)
     batch_size: int | None = knob(None, "windows of text per update (default: 64 on a GPU, 4 on a CPU)", 1, 1_000_000)
     grad_accum: int = knob(1, "parts that a batch is computed in: less memory, same result", 1, 1_000_000)
-    muon_learning_rate: float = knob(0.012, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
-    learning_rate: float = knob(3e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
+    muon_learning_rate: float = knob(0.015, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
+    learning_rate: float = knob(6e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
-    warmup_steps: int = knob(100, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
+    warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
     checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
@@ -665,8 +665,8 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.zeros_(weight)  # every block starts as the identity
-            elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
+            elif weight.dim() == 2:  # wider than GPT-2's 0.02 in the blocks, whose step sizes Muon makes larger
+                nn.init.normal_(weight, std=(2 * config.n_embd) ** -0.5 if name.startswith("h.") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
@@ -732,7 +732,7 @@ class Muon:
     """
 
     def __init__(
-        self, weights: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, weights: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.9
     ):
         self.lr, self.weight_decay, self.dtype, self.momentum = lr, weight_decay, dtype, momentum
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
@@ -1003,7 +1003,7 @@ class Trainer:
         self.muon = Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype)
         rate = torch.tensor(0.0, device=device)
         self.adamw = torch.optim.AdamW(
-            others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+            others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
         # What an update reads lives on the device, so that a CUDA graph of it needs nothing from Python.
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step, as a tensor
@@ -1045,8 +1045,12 @@ class Trainer:
             self.starts.copy_(starts)
         if self.eager_left:
             self.eager_left -= 1
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # does nothing where there is no CUDA
                 self._update()
+            if self.stream:
+                torch.cuda.current_stream().wait_stream(self.stream)
         else:
             if self.graph is None:
                 self.record()
