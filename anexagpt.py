@@ -127,7 +127,7 @@ class TrainConfig(Settings):
     batch_size: int | None = knob(None, "windows of text per update (default: 64 on a GPU, 4 on a CPU)", 1, 1_000_000)
     grad_accum: int = knob(1, "parts that a batch is computed in: less memory, same result", 1, 1_000_000)
     muon_learning_rate: float = knob(0.015, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
-    learning_rate: float = knob(6e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
+    learning_rate: float = knob(5e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
     warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
@@ -594,13 +594,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    # PyTorch's fused kernel is several times slower than these three lines for short contexts in bfloat16 on a CPU.
-    T, S = q.shape[2], k.shape[2]
+    # PyTorch's fused kernel is several times slower than these lines for short contexts in bfloat16 on a CPU.
+    (B, H, T, D), S = q.shape, k.shape[2]
     if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, H, T, S)
-    hidden = torch.zeros(T, S, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-    return torch.softmax(scores + hidden, dim=-1, dtype=scores.dtype) @ v  # (B, H, T, D)
+        mask = torch.ones(T, S, dtype=torch.bool).tril()
+    hidden = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    scores = torch.baddbmm(hidden, q.reshape(B * H, T, D), k.reshape(B * H, S, D).mT, alpha=D**-0.5)  # (B * H, T, S)
+    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, D)).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -615,7 +615,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, D) each
         if cache is None:
             y = attention(q, k, v, None)
         else:
@@ -710,24 +710,27 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return (cfg.max_steps - step) / (cfg.max_steps - cfg.warmup_steps)
 
 
-def orthogonalise(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """X (N, rows, columns), rows <= columns, with every singular value moved close to 1: N matrices at once.
+def orthogonalise(X: Tensor) -> Tensor:
+    """X (N, rows, columns) with every singular value moved close to 1: N matrices at once.
 
     source  Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (quintic Newton-Schulz)
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):
-        A = X @ X.mT  # (N, rows, rows)
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
-    return X.float()
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):  # X becomes a X + b (X X') X + c (X X')^2 X, with the smaller of X X' and X' X
+        if X.shape[1] <= X.shape[2]:
+            A = X @ X.mT  # (N, rows, rows)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        else:
+            A = X.mT @ X  # (N, columns, columns)
+            X = torch.baddbmm(X, X, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
+    return X
 
 
 class Muon:
     """Momentum whose direction is orthogonalised, for matrices; all matrices of one shape go through it as one stack.
 
-    A matrix and the transpose of another of its shape share a stack. The result is that of `torch.optim.Muon`, to
-    rounding.
+    The result is that of `torch.optim.Muon`, to rounding.
     source  Jordan et al. 2024, as above; decay and momentum as in torch.optim.Muon
     """
 
@@ -737,21 +740,21 @@ class Muon:
         self.lr, self.weight_decay, self.dtype, self.momentum = lr, weight_decay, dtype, momentum
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for weight in weights:
-            shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+            shapes.setdefault(tuple(weight.shape), []).append(weight)
         self.stacks = list(shapes.values())
         self.buffers = [w[0].new_zeros(len(w), *shape) for shape, w in shapes.items()]  # momentum, (N, rows, columns)
 
     @torch.no_grad()
-    def step(self, rate: Tensor | float) -> None:
-        """One update at `rate` times the peak learning rate."""
+    def step(self, rate: Tensor) -> None:
+        """One update at `rate` (1,) times the peak learning rate."""
         for weights, buffer in zip(self.stacks, self.buffers, strict=True):
-            grad = torch.stack([w.grad if w.shape == buffer.shape[1:] else w.grad.T for w in weights])
+            grad = torch.stack([w.grad for w in weights])  # (N, rows, columns)
             buffer.lerp_(grad, 1 - self.momentum)
-            update = orthogonalise(grad.lerp(buffer, self.momentum), self.dtype)  # Nesterov's look ahead
-            for w, u in zip(weights, update.unbind(), strict=True):
-                u = u if w.shape == buffer.shape[1:] else u.T
-                scale = max(1, w.shape[0] / w.shape[1]) ** 0.5
-                w.mul_(1 - self.lr * self.weight_decay * rate).sub_(u * (self.lr * scale * rate))
+            ahead = grad.lerp_(buffer, self.momentum)  # Nesterov
+            updates = orthogonalise(ahead.to(self.dtype)).float()
+            scale = max(1, buffer.shape[1] / buffer.shape[2]) ** 0.5
+            for w, update in zip(weights, updates, strict=True):
+                w.mul_(1 - self.lr * self.weight_decay * rate).addcmul_(update, -self.lr * scale * rate)
 
 
 # ---- model file ------------------------------------------------------------------------------------------------------
