@@ -39,6 +39,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import typing
 import unicodedata
@@ -1543,32 +1544,32 @@ what you give it in that manner. It was trained from nothing with Anexa. What it
 
 ## How to use it
 
-With transformers:
+With transformers; prompt and answer together may have {config.block_size} characters:
 
-    from transformers import pipeline
-    write = pipeline("text-generation", model="{title}")
-    print(write("{prompt}")[0]["generated_text"])
+```python
+from transformers import pipeline
 
-With Anexa, which writes texts of any length:
+write = pipeline("text-generation", model="{title}")
+print(write("{prompt}", max_length={config.block_size})[0]["generated_text"])
+```
 
-    python anexagpt.py chat --model model.safetensors
+With Anexa, in texts of any length, and through it with llama.cpp:
 
-With llama.cpp, and what builds on it:
-
-    python anexagpt.py export --model model.safetensors --gguf model.gguf
-    llama-completion -m model.gguf -no-cnv -n 200 -p "{prompt}"
+```
+python anexagpt.py chat --model model.safetensors
+python anexagpt.py export --model model.safetensors --gguf model.gguf
+llama-completion -m model.gguf -no-cnv --ignore-eos -n 200 -p "{prompt}"
+```
 
 ## Limits
 
-- One token is one character, and it knows these {len(tokenizer) - 1} only; transformers reads any other as U+FFFD:
+It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices of that text,
+sometimes its very sentences. Beyond {config.block_size} characters transformers raises IndexError, and llama.cpp stops.
+One token is one character, and these {len(tokenizer) - 1:,} are all it knows (transformers reads any other as U+FFFD):
 
 {block(characters[:2_000])}
 
-- The context is {config.block_size} characters. Prompt and answer together must not be longer: transformers stops with
-  an IndexError, llama.cpp ends the text.
-- It imitates one text. It does not answer questions, knows no facts, and repeats the views and prejudices of that text,
-  sometimes its very sentences.
-- Licence of the weights: {licence}. The text {RIGHTS.get(data["name"], "belongs to whoever wrote it")}.
+Licence of the weights: {licence}. The text {RIGHTS.get(data["name"], "belongs to whoever wrote it")}.
 
 """
 
@@ -1652,27 +1653,20 @@ def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
     spelling |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in spelling)}
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in characters]
     try:
-        file = gguf.GGUFWriter(temporary, "gpt2")
-        file.add_name(path.stem)
-        file.add_description(OWN_MARK)
-        file.add_context_length(config.block_size)
-        file.add_embedding_length(config.n_embd)
-        file.add_feed_forward_length(4 * config.n_embd)
-        file.add_block_count(config.n_layer)
-        file.add_head_count(config.n_head)
-        file.add_layer_norm_eps(1e-5)
-        file.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
-        file.add_tokenizer_model("gpt2")
-        file.add_tokenizer_pre("gpt-2")
-        file.add_token_list(tokens)
-        file.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1))
-        # A character of several bytes is put together from them, one more at a time.
-        file.add_token_merges(list(dict.fromkeys(f"{t[:i]} {t[i]}" for t in tokens for i in range(1, len(t)))))
-        # Were there no end token, llama.cpp would take id 11, an ordinary letter. Id 0 is never written.
-        file.add_bos_token_id(0)
-        file.add_eos_token_id(0)
-        file.add_unk_token_id(0)
-        file.add_add_bos_token(False)
+        file, kind = gguf.GGUFWriter(temporary, "gpt2"), gguf.TokenType
+        facts = dict(
+            name=path.stem, description=OWN_MARK, context_length=config.block_size, embedding_length=config.n_embd,
+            feed_forward_length=4 * config.n_embd, block_count=config.n_layer, head_count=config.n_head,
+            layer_norm_eps=1e-5, tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens,
+            file_type=gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32,
+            token_types=[kind.CONTROL] + [kind.NORMAL] * (len(tokens) - 1),
+            # A character of several bytes is put together from them, one more at a time.
+            token_merges=list(dict.fromkeys(f"{t[:i]} {t[i]}" for t in tokens for i in range(1, len(t)))),
+            # Were there no end token, llama.cpp would take id 11, an ordinary letter. Id 0 is all but never written.
+            bos_token_id=0, eos_token_id=0, unk_token_id=0, add_bos_token=False,
+        )  # fmt: skip
+        for name, fact in facts.items():
+            getattr(file, f"add_{name}")(fact)
         names = {
             "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "h": "blk", "ln_1": "attn_norm",
             "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
@@ -1693,8 +1687,8 @@ def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write the model for other programs: a folder for transformers, a GGUF file for llama.cpp, or both."""
-    if not options.folder and not options.gguf:
-        raise UserError("export: nothing to write; give a folder, or --gguf FILE, or both")
+    if not options.gguf and (options.f16 or options.modelfile or not options.folder):
+        raise UserError("export: give a folder, or --gguf FILE, which --f16 and --modelfile belong to, or both")
     if options.folder:
         files = hub_files(options.model, options.folder.resolve().name, options.license)
         write_folder(options.folder, files, options.force)

@@ -275,6 +275,9 @@ class Llama:
         xllamacpp = pytest.importorskip("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path, params.warmup, params.verbosity = str(path), False, 0
+        # The fused attention and float16 keys and values, which are the default, alone cost 1e-3 and more.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(params)
 
@@ -314,29 +317,36 @@ def test_llama_tokenizes_as_we_do(ours, llama):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_llama_writes_our_text(ours, llama, prompt):
+def test_llama_writes_our_text(ours, llama, prompt, monkeypatch):
     """Catches swapped or missing tensors, another context length, and an ordinary letter that ends the text."""
     model, tokenizer, _ = ours
     n = 64 - len(prompt)
     question = dict(prompt=prompt, n_predict=n, temperature=0, n_probs=len(tokenizer), cache_prompt=False)
     answer = llama.post("completion", **question)
     assert answer["stop_type"] == "limit" and answer["tokens_predicted"] == n, answer
-    text = answer["content"]
-    ids = tokenizer.encode(prompt + text).long()
-    with torch.no_grad():
-        expected = model(ids[None, :-1])[0, len(prompt) - 1 :].log_softmax(-1)  # (n, V)
-    found = torch.full_like(expected, -torch.inf)
+    ids = tokenizer.encode(prompt + answer["content"]).long()
+
+    @torch.no_grad()
+    def expected() -> torch.Tensor:
+        return model(ids[None, :-1])[0, len(prompt) - 1 :].log_softmax(-1)  # (n, V)
+
+    found = torch.full_like(expected(), -torch.inf)
     for row, step in zip(found, answer["completion_probabilities"], strict=True):
         for other in step["top_logprobs"]:
             row[other["id"]] = other["logprob"]
-    difference = (found - expected).abs().max()
-    assert difference < (2e-2 if llama.half else 2e-3), difference
-    # Where the texts part, the two characters must be as likely as each other, to that accuracy.
-    chosen = expected.gather(1, ids[len(prompt) :, None])[:, 0]
-    assert (expected[:, 1:].amax(1) - chosen).max() < (2e-2 if llama.half else 2e-3)
-    if text == greedy(ours, prompt, n):
-        llama.same = getattr(llama, "same", 0) + 1
-    print(prompt, float(difference), getattr(llama, "same", 0))
+    limit = 1e-2 if llama.half else 2e-3
+    assert (found - expected()).abs().max() < limit
+    # It may part from our greedy text only where two characters are as likely as each other, to that accuracy.
+    chosen = expected().gather(1, ids[len(prompt) :, None])[:, 0]
+    assert (expected()[:, 1:].amax(1) - chosen).max() < limit
+    # What is left of the difference is llama.cpp's table of the GELU, which is in float16.
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "gelu",
+        lambda x, approximate: gelu(x.half().float(), approximate=approximate).half().float(),
+    )
+    assert llama.half or (found - expected()).abs().max() < 5e-4
 
 
 def test_gguf_and_modelfile_replace_only_what_export_wrote(trained, tmp_path, cli):
@@ -526,6 +536,7 @@ def test_private_is_private(trained, hub, cli):
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 TRAIN = [*TINY, "--max-steps", "40", "--eval-interval", "10", "--warmup-steps", "4", "--quiet"]
+TRAIN += ["--learning-rate", "0.004", "--muon-learning-rate", "0.02"]
 
 
 @pytest.fixture
@@ -548,8 +559,8 @@ def test_log_and_tensorboard_hold_the_figures_of_the_model(text, cli):
         assert float(row["validation_loss"]) == pytest.approx(validation, rel=1e-5)
         assert float(row["characters_per_second"]) > 0
     # Update number 20 is the 20th after 4 of warm-up: (40 - 19) / (40 - 4) of the peak.
-    assert float(rows[1]["learning_rate"]) == pytest.approx(3e-3 * 21 / 36, rel=1e-5)
-    assert float(rows[1]["muon_learning_rate"]) == pytest.approx(0.012 * 21 / 36, rel=1e-5)
+    assert float(rows[1]["learning_rate"]) == pytest.approx(0.004 * 21 / 36, rel=1e-5)
+    assert float(rows[1]["muon_learning_rate"]) == pytest.approx(0.02 * 21 / 36, rel=1e-5)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator("board").Reload()
