@@ -1489,7 +1489,7 @@ def for_publishing(story: Story) -> Story:
     """The story with no more of its data set's name than others may see: no folders, no password of an address."""
     name = story.data["name"]
     if re.match("https?://", name, re.IGNORECASE):
-        name = urllib3.util.parse_url(name)._replace(auth=None, query=None, fragment=None).url
+        name = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
     else:
         name = re.split(r"[/\\]", name)[-1]
     return replace(story, data=story.data | dict(name=name))
@@ -1528,7 +1528,7 @@ def model_card(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licen
 # {title}
 
 A GPT-2 of {config.n_parameters():,} parameters that has read one text, {text}, character by character, and continues
-what you give it in that manner. It was trained from nothing with Anexa. What it writes at temperature 0.8:
+what you give it in that manner. It was trained from nothing with Anexa. It writes, for example:
 
 {block(sample)}
 
@@ -1558,13 +1558,13 @@ With Anexa, in texts of any length, and through it with llama.cpp:
 ```
 python anexagpt.py chat --model model.safetensors
 python anexagpt.py export --model model.safetensors --gguf model.gguf
-llama-completion -m model.gguf -no-cnv --ignore-eos -n 200 -p "{prompt}"
+llama-completion -m model.gguf -no-cnv --ignore-eos -n {config.block_size // 2} -p "{prompt}"
 ```
 
 ## Limits
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices of that text,
-sometimes its very sentences. Beyond {config.block_size} characters transformers raises IndexError, and llama.cpp stops.
+sometimes its very sentences. Beyond {config.block_size} characters transformers raises IndexError; llama.cpp ends, too.
 One token is one character, and these {len(tokenizer) - 1:,} are all it knows (transformers reads any other as U+FFFD):
 
 {block(characters[:2_000])}
@@ -1580,9 +1580,8 @@ def seal(files: dict[str, bytes]) -> bytes:
     return f"<!-- {OWN_MARK}; these files together: {digest.hexdigest()} -->\n".encode()
 
 
-def hub_files(path: Path, title: str, licence: str) -> dict[str, bytes]:
-    """Content of the files that Hugging Face transformers needs to load the model file `path`, by name."""
-    model, tokenizer, story = load_model(path, torch.device("cpu"))
+def hub_files(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licence: str) -> dict[str, bytes]:
+    """Content of the files that Hugging Face transformers needs to load the model, by name."""
     config, story = story.config, for_publishing(story)
     # transformers keeps the matrices of the blocks as (in, out), nn.Linear as (out, in).
     weights = {
@@ -1600,8 +1599,8 @@ def hub_files(path: Path, title: str, licence: str) -> dict[str, bytes]:
             architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32", tie_word_embeddings=True,
             vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size, n_embd=config.n_embd,
             n_layer=config.n_layer, n_head=config.n_head, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-            embd_pdrop=config.dropout, resid_pdrop=config.dropout, attn_pdrop=0.0, **(ends | dict(bos_token_id=None)),
-            task_specific_params={"text-generation": sampling},
+            embd_pdrop=config.dropout or 0.0, resid_pdrop=config.dropout or 0.0, attn_pdrop=0.0,
+            **(ends | dict(bos_token_id=None)), task_specific_params={"text-generation": sampling},
         ),
         "generation_config.json": ends | sampling | dict(suppress_tokens=[0]),
         "tokenizer.json": dict(
@@ -1689,16 +1688,17 @@ def export(options: argparse.Namespace) -> None:
     """Write the model for other programs: a folder for transformers, a GGUF file for llama.cpp, or both."""
     if not options.gguf and (options.f16 or options.modelfile or not options.folder):
         raise UserError("export: give a folder, or --gguf FILE, which --f16 and --modelfile belong to, or both")
+    model, tokenizer, story = load_model(options.model, torch.device("cpu"))
     if options.folder:
-        files = hub_files(options.model, options.folder.resolve().name, options.license)
+        files = hub_files(model, tokenizer, story, options.folder.resolve().name, options.license)
         write_folder(options.folder, files, options.force)
         say(f"Written to {options.folder}: {', '.join(HUB_FILES)}")
     if path := options.gguf:
-        model, tokenizer, story = load_model(options.model, torch.device("cpu"))
         recipe, cfg = path.with_name("Modelfile"), SampleConfig()
         sampling = dict(
             temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
-            repeat_penalty=cfg.repetition_penalty, num_ctx=story.config.block_size, num_predict=story.config.block_size,
+            repeat_penalty=cfg.repetition_penalty, num_ctx=story.config.block_size,
+            num_predict=story.config.block_size // 2,  # positions are absolute: a full context cannot slide
         )  # fmt: skip
         lines = [f"FROM ./{path.name}", 'TEMPLATE "{{ .Prompt }}"']  # no chat: it continues what it gets
         text = "\n".join([*lines, *(f"PARAMETER {name} {value}" for name, value in sampling.items())]) + "\n"
@@ -1706,9 +1706,14 @@ def export(options: argparse.Namespace) -> None:
         if options.modelfile and recipe.exists():
             ours = ours and recipe.read_bytes() == text.encode()
         if not ours and not options.force:
-            raise UserError(f"{path}: it or {recipe} is not what export wrote; choose another name, or --force")
+            raise UserError(f"{path}: it or {recipe} is not what export writes; choose another name, or --force")
         write_gguf(path, model, tokenizer.characters, options.f16)
         say(f"Written to {path}, {path.stat().st_size:,} bytes")
+        if story.config.block_size % 256:
+            say(
+                f"NOTE: llama.cpp rounds the context up to a multiple of 256 and fails beyond the "
+                f"{story.config.block_size} characters of this model; keep prompt and answer (-n) together below that"
+            )
         if options.modelfile:
             recipe.write_bytes(text.encode())
             say(f"Written to {recipe}; ollama create NAME -f {recipe}")
@@ -1730,11 +1735,11 @@ def push(options: argparse.Namespace) -> None:
         if not hub.get_token():
             raise UserError(f"{name}: nobody is logged in to the Hub; 'hf auth login', or set HF_TOKEN")
         hub.utils.validate_repo_id(name)
-        files = hub_files(options.model, name, options.license)
-        api = hub.HfApi()
+        model, api = load_model(options.model, torch.device("cpu")), hub.HfApi()
         name = api.create_repo(name, private=options.private, exist_ok=True).repo_id
         if options.private and not api.model_info(name).private:
             raise UserError(f"{name}: exists and is public; make it private in its settings, or push to another name")
+        files = hub_files(*model, name, options.license)
         say(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), files)

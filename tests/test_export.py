@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -103,14 +104,12 @@ def test_logits_are_those_of_transformers(ours, theirs):
 
 def test_logits_at_large_weights(ours, theirs):
     """Catches the other GELU, which hides behind small weights: the blocks' matrices times 8, in float64."""
-    import copy
-
     mine, other = copy.deepcopy(ours[0]).double(), copy.deepcopy(theirs[0]).double()
     with torch.no_grad():
         for weight in [*mine.h.parameters(), *other.transformer.h.parameters()]:
             weight.mul_(8 if weight.dim() == 2 else 1)
         ids = torch.arange(1, 65)[None] % len(ours[1])
-        assert (mine(ids) - other(ids).logits).abs().max() < 1e-5
+        assert (mine(ids) - other(ids).logits).abs().max() < 1e-9
 
 
 def test_tokenizer_is_ours(ours, theirs):
@@ -197,7 +196,7 @@ def test_card_is_read_by_the_hub_and_tells_the_truth(trained, ours):
         ("/home/me/letters.txt", "letters.txt"),
         ("C:\\me\\letters.txt", "letters.txt"),
         ("sherlock", "sherlock"),
-        ("HTTPS://example.org/?secret", "https://example.org/"),
+        ("HTTPS://p@ss@example.org:80?secret", "HTTPS://example.org:80"),
     ],
 )
 def test_private_parts_of_the_data_set_name_stay_here(ours, name, published):
@@ -353,7 +352,8 @@ def test_gguf_and_modelfile_replace_only_what_export_wrote(trained, tmp_path, cl
     """Catches files of others that are lost, and a Modelfile that samples otherwise than `generate`."""
     pytest.importorskip("gguf")
     model = ["--model", trained / "model.safetensors"]
-    assert cli("export", "--gguf", "a.gguf", "--modelfile", *model).status == 0
+    first = cli("export", "--gguf", "a.gguf", "--modelfile", *model)
+    assert first.status == 0 and "NOTE" in first.err and "64 characters" in first.err  # llama.cpp would go on to 256
     assert cli("export", "--gguf", "a.gguf", "--modelfile", "--f16", *model).status == 0
     recipe = Path("Modelfile").read_text().splitlines()
     assert recipe[0] == "FROM ./a.gguf" and "PARAMETER num_ctx 64" in recipe and "PARAMETER temperature 0.8" in recipe
