@@ -1635,6 +1635,7 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
                 f"{folder}: holds files that export did not write, or that were changed since; choose another folder, "
                 f"or put the files among them with --force"
             )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         for name, content in files.items():
             (Path(temporary) / name).write_bytes(content)
@@ -1646,6 +1647,7 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
 def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
     """Write the model for llama.cpp to `path`, its matrices in float16 if `half`."""
     gguf, config, temporary = optional("gguf"), model.config, path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     # GPT-2 writes each byte of a token as one visible character; those that have none count up from U+0100.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spelling = {byte: chr(byte) for byte in visible}
@@ -1747,9 +1749,12 @@ def push(options: argparse.Namespace) -> None:
         print(f"{hub.constants.ENDPOINT}/{name}")
     except (hub.errors.HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        told = getattr(error, "server_message", None) or str(error) or type(error).__name__
-        reason = reasons.get(status) or f"{f'the Hub answered {status}: ' if status else ''}{told.splitlines()[0]}"
-        raise UserError(f"{name}: not uploaded: {printable(reason)}") from None
+        told = printable(getattr(error, "server_message", None) or str(error) or type(error).__name__).splitlines()[0]
+        if status:
+            told = reasons.get(status, f"the Hub answered {status}: {told}; try again later")
+        elif isinstance(error, hub.errors.HTTPError):
+            told = f"no connection to the Hub ({told}); try again later"
+        raise UserError(f"{name}: not uploaded: {told}") from None
 
 
 class Recorder(Report):
