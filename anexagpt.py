@@ -1409,7 +1409,7 @@ def glyph(c: str) -> str:
 def ending(text: str, room: int) -> str:
     """The last characters of `text` in quotes, in at most `room` cells."""
     shown = [glyph(c) for c in text[-room:]]
-    while sum(map(cell_len, shown)) > room - 2:
+    while shown and sum(map(cell_len, shown)) > room - 2:
         shown.pop(0)
     return f"'{''.join(shown)}'"
 
@@ -1544,7 +1544,7 @@ def tokens_view(tokenizer: Tokenizer, text: str, frame: Frame) -> Text:
     known, notice = tokenizer.admit(text)
     lines = underlined([(c, ALARM[read[c] != c], f"{ids[c]} ") for c in text], frame.width)
     lines.append(f"{len(text):,} characters, {len(known):,} ids of 1 to {len(tokenizer) - 1:,}")
-    return lines.append(f"\n{printable(notice)}" if notice else "")
+    return lines.append(f"\n{''.join(map(glyph, notice))}" if notice else "")
 
 
 def random_source(seed: int | None) -> torch.Generator:
@@ -1624,7 +1624,7 @@ class Session:
     def demand(word: str, known: Iterable[str], cure: str, sign: str = "") -> None:
         """Raise UserError with the nearest of the `known` words if `word` is none of them."""
         if word not in known:
-            near = difflib.get_close_matches(word, known, 1, 0.4)
+            near = difflib.get_close_matches(word, known, 1, 0.5)
             raise UserError(f"{sign}{word}: unknown{f', did you mean {sign}{near[0]}?' if near else ''} {cure}")
 
     def parameters(self, command: str) -> list[str]:
@@ -1633,6 +1633,13 @@ class Session:
     def usage(self, command: str) -> str:
         parameters = inspect.signature(self.commands[command]).parameters.items()
         return f"/{command} " + " ".join(n.upper() if p.default is p.empty else f"[{n}]" for n, p in parameters)
+
+    def tell(self, *rows: tuple[str, str]) -> None:
+        """Print rows of two columns, wrapped to the width of the terminal."""
+        table = Table.grid(padding=(0, 1, 0, 0))
+        for row in rows:
+            table.add_row(*map(Text, map(printable, row)))
+        self.console.print(table)
 
     def last(self) -> Turn:
         if not self.turns:
@@ -1671,14 +1678,9 @@ class Session:
         """List the commands, or tell all about one."""
         if command := command.strip().removeprefix("/"):
             self.demand(command, self.commands, "/help lists the commands")
-        table = Table.grid(padding=(0, 1, 0, 0))
-        for name in [command] if command else self.commands:
-            text = inspect.getdoc(self.commands[name])
-            table.add_row(Text(self.usage(name)), Text(text if command else text.split("\n")[0]))
-        self.console.print(table)
-        if not command:
-            say('""" begins and ends a prompt of several lines; //... sends a slash;')
-            say("Ctrl-C stops an answer; Ctrl-D leaves.")
+            return self.tell((self.usage(command), ""), (inspect.getdoc(self.commands[command]), ""))
+        self.tell(*((self.usage(name), self.commands[name].__doc__.split("\n")[0]) for name in self.commands))
+        self.tell(('""" begins and ends a prompt of several lines; //... sends a slash; Ctrl-C stops an answer.', ""))
 
     def do_set(self, name="", value="") -> None:
         r"""Change a setting, as /set temperature 0.5
@@ -1702,11 +1704,10 @@ class Session:
     def do_show(self) -> None:
         """Tell the settings, the model, and the seed of the last answer."""
         settings = asdict(self.cfg) | dict(seed="new each time" if self.cfg.seed is None else self.cfg.seed)
-        say("\n".join(f"{name.replace('_', '-'):<20}{value}" for name, value in settings.items()))
-        say(f"{'model':<20}{self.story}")
+        rows = {name.replace("_", "-"): str(value) for name, value in settings.items()} | dict(model=str(self.story))
         if self.turns:
-            seed = self.turns[-1].seed
-            say(f"{'last answer':<20}had seed {seed}; to repeat it: /set seed {seed}, then /regen")
+            rows["last answer"] = f"/set seed {self.turns[-1].seed}, then /regen repeats it"
+        self.tell(*rows.items())
 
     def do_regen(self) -> None:
         """Answer the last prompt anew."""
