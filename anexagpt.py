@@ -894,6 +894,14 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
         raise UserError(f"{path}: not a whole model of Anexa: {reason}; train one, or fetch it again") from None
 
 
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """New networks without first weights: on the meta device PyTorch would import SymPy for them, a second's work."""
+
+    def __torch_function__(self, function, types, args=(), options=None):
+        if getattr(function, "__module__", "") != "torch.nn.init":
+            return function(*args, **(options or {}))
+
+
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]:
     """A model file's network in evaluation mode, its tokenizer and its story; every claim of the file is checked first.
 
@@ -906,7 +914,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
             raise UserError(f"{path}: not a model of Anexa: {rule}; train one, or fetch it again")
 
     demand(len(found) == 4 + 12 * story.config.n_layer, "its tensors are not those of its config")
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"), Unfilled():  # shapes without memory
         model = GPT(story.config)
     for name, weight in model.named_parameters():
         shape, dtype = found.get(name, ((), "missing"))

@@ -453,22 +453,40 @@ def spawn(*arguments, state, cwd=None, **env):
     )  # fmt: skip
 
 
-def visible(text: str) -> list[str]:
-    """Lines that a terminal would show of a dialogue in which nothing is edited."""
-    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]|\x1b[=>]", "", text)
-    return [line.rstrip() for line in re.sub(r"\r+\n", "\n", text).replace("\r", "").split("\n")]
+def screen(text: str) -> list[str]:
+    """Lines that a terminal shows after `text`; of the escape sequences those that an editor of lines needs."""
+    rows, row, column = [""], 0, 0
+    for found in re.finditer(r"\x1b\[([\d;?]*)([a-zA-Z])|\x1b[=>]|([^\x1b])", text, re.DOTALL):
+        n, move, c = int(found[1]) if (found[1] or "").isdigit() else 1, found[2], found[3]
+        if move in ("A", "B"):
+            row += n if move == "B" else -n
+        elif move in ("C", "D"):
+            column += n if move == "C" else -min(n, column)
+        elif move in ("J", "K"):
+            rows[row:] = [rows[row][:column], *(rows[row + 1 :] if move == "K" else [])]
+        elif c == "\r":
+            column = 0
+        elif c == "\b":
+            column -= 1
+        elif c == "\n":
+            row += 1
+        elif c:
+            rows[row] = rows[row][:column].ljust(column) + c + rows[row][column + 1 :]
+            column += 1
+        rows += [""] * (row + 1 - len(rows))
+    return [line.rstrip() for line in rows]
 
 
 @on_terminal
 def test_transcript_to_the_letter(file, tmp_path):
     """Fails if a person who types a prompt and `quit` sees anything else than the design's lines."""
     child = spawn("--temperature", 0, "-n", 30, state=tmp_path, cwd=file.parent)
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     seen = child.before + child.after
     child.send("the\r")
     child.expect("Response: ")
     seen += child.before + child.after
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     seen += child.before + child.after
     child.send("quit\r")
     child.expect(pexpect.EOF)
@@ -478,14 +496,14 @@ def test_transcript_to_the_letter(file, tmp_path):
     answer = "the" + continuation(file, "the", 30, temperature=0.0)
     story = f"model.safetensors: {anexagpt.open_file(file)[0]}"
     expected = [story, *OPENING, "Prompt: the", *f"Response: {answer}".split("\n"), "Prompt: quit", ""]
-    assert visible(seen) == [line.rstrip() for line in expected]
+    assert screen(seen) == [line.rstrip() for line in expected]
 
 
 @pytest.fixture(scope="module")
 def terminal(file, tmp_path_factory):
     """One session on a terminal, for all tests that do not end it."""
     child = spawn("chat", "--model", file, "-n", 3, state=tmp_path_factory.mktemp("state"))
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     yield child
     child.sendeof()
     child.expect(pexpect.EOF)
@@ -518,10 +536,10 @@ def test_keys(terminal, tmp_path, keys, prompt):
     """Fails if an editing key, a paste or a several-line prompt does not give the text that the person meant."""
     terminal.send(keys + "\r")
     terminal.expect("Response: ")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     terminal.send(f"/save {tmp_path}/talk.json\r")
     terminal.expect(r"answers: \d+\)")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     assert json.loads((tmp_path / "talk.json").read_text())["turns"][-1]["prompt"] == prompt
 
 
@@ -531,10 +549,10 @@ def test_history_search_and_completion(terminal, tmp_path):
     for keys in ("a needle here\r", "hay\r", "\x1b[A\x1b[A\r", "\x12needle\r\r"):
         terminal.send(keys)
         terminal.expect("Response: ")
-        terminal.expect("Prompt: ")
+        terminal.expect("Prompt:")
     terminal.send("/sav\t" + f" {tmp_path}/t.json\r")
     terminal.expect(r"answers: \d+\)")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     turns = json.loads((tmp_path / "t.json").read_text())["turns"]
     assert [turn["prompt"] for turn in turns[-4:]] == ["a needle here", "hay", "a needle here", "a needle here"]
 
@@ -544,24 +562,24 @@ def test_ctrl_c_at_every_moment(terminal):
     """Fails if Ctrl-C leaves, or does not stop an answer, or loses what came."""
     terminal.send("\x03")
     terminal.expect_exact("(quit or Ctrl-D leaves)")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     terminal.send('"""half\r\x03')
     terminal.expect_exact("(quit or Ctrl-D leaves)")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     terminal.send("/set max-new 100000000\r")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     for _ in range(2):
         terminal.send("the\r")
         terminal.expect("Response: the")
         time.sleep(0.2)
         terminal.send("\x03")
-        terminal.expect("Prompt: ")
+        terminal.expect("Prompt:")
     terminal.send("/why\r")
     terminal.expect(r"([\d,]+) characters, ")
     assert int(terminal.match[1].replace(",", "")) > 1
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
     terminal.send("/set max-new 3\r")
-    terminal.expect("Prompt: ")
+    terminal.expect("Prompt:")
 
 
 @on_terminal
@@ -571,8 +589,8 @@ def test_resize(terminal):
         terminal.setwinsize(12, width)
         terminal.send("/probs the\r")
         terminal.expect_exact("in percent:")
-        terminal.expect("Prompt: ")
-        rows = [line for line in visible(terminal.before) if "█" in line]
+        terminal.expect("Prompt:")
+        rows = [line for line in screen(terminal.before) if "█" in line]
         assert rows and max(map(len, rows)) in range(width - 5, width + 1)
 
 
@@ -580,23 +598,23 @@ def test_resize(terminal):
 def test_next_session_knows_the_lines_and_ctrl_d_leaves(file, tmp_path):
     """Fails if history ends with the session, if Ctrl-D does not leave, if we outlive a terminal that was closed."""
     first = spawn("chat", "--model", file, "-n", 3, state=tmp_path, NO_COLOR="1")
-    first.expect("Prompt: ")
+    first.expect("Prompt:")
     first.send("a line to keep\r")
     first.expect("Response: ")
-    first.expect("Prompt: ")
+    first.expect("Prompt:")
     first.send("/why\r")
     first.expect("least expected")
     assert not re.search(r"\x1b\[[\d;]*[34][0-8]", first.before)  # no colour
-    first.expect("Prompt: ")
+    first.expect("Prompt:")
     first.send("\x04")
     first.expect(pexpect.EOF)
     first.close()
     assert first.exitstatus == 0
     second = spawn("chat", "--model", file, "-n", 3, state=tmp_path)
-    second.expect("Prompt: ")
+    second.expect("Prompt:")
     second.send("\x1b[A\x1b[A\r")
     second.expect("Response: a line to keep")
-    second.expect("Prompt: ")
+    second.expect("Prompt:")
     second.send("half a line")
     second.close(force=False)  # the window is closed: SIGHUP
     assert not second.isalive() and second.signalstatus in (signal.SIGHUP, None)
@@ -606,17 +624,17 @@ def test_next_session_knows_the_lines_and_ctrl_d_leaves(file, tmp_path):
 def test_dumb_terminal(file, tmp_path):
     """Fails if a terminal that cannot move its cursor gets escape sequences, or Ctrl-C and Ctrl-D do not work there."""
     child = spawn("chat", "--model", file, "-n", 3, state=tmp_path, TERM="dumb")
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     child.send("thx\x7fe\r")
     child.expect("Response: the")
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     child.send("half\x03")
     child.expect_exact("(quit or Ctrl-D leaves)")
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     child.send("/why\r")
     child.expect("least expected")
     assert "\x1b" not in child.before
-    child.expect("Prompt: ")
+    child.expect("Prompt:")
     child.send("\x04")
     child.expect(pexpect.EOF)
     assert "\x1b" not in child.before
