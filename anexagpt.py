@@ -1388,7 +1388,7 @@ def write(
 # Talk to a model, and look at how it thinks. A view is a function that gives rich text; `look` fits it to the terminal.
 
 HEAT = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # of middling lightness, for dark and light terminals
-ALARM = ("", "black on #fee391", "black on #fe9929", "white on #b30000")
+ALARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
 
 
 class Frame(typing.NamedTuple):
@@ -1619,7 +1619,7 @@ class Session:
         if not line.startswith("/") or line.startswith("//"):
             return self.answer(line[line.startswith("//") :])
         name, _, rest = line[1:].partition(" ")
-        self.demand(name, self.commands, "/help lists the commands, //... sends a slash", "/")
+        self.demand(name, self.commands, "/help lists them, // is a slash", "/")
         names = self.parameters(name)
         arguments = [rest] * bool(rest) if len(names) == 1 else rest.split(maxsplit=max(0, len(names) - 1))
         try:
@@ -1685,10 +1685,10 @@ class Session:
     def do_help(self, command="") -> None:
         """List the commands, or tell all about one."""
         if command := command.strip().removeprefix("/"):
-            self.demand(command, self.commands, "/help lists the commands")
+            self.demand(command, self.commands, "/help lists them")
             return self.tell((self.usage(command), ""), (inspect.getdoc(self.commands[command]), ""))
         self.tell(*((self.usage(name), self.commands[name].__doc__.split("\n")[0]) for name in self.commands))
-        self.tell(('""" begins and ends a prompt of several lines; //... sends a slash; Ctrl-C stops an answer.', ""))
+        self.tell(('""" begins and ends a prompt of several lines; // is a slash; Ctrl-C stops an answer.', ""))
 
     def do_set(self, name="", value="") -> None:
         r"""Change a setting, as /set temperature 0.5

@@ -383,7 +383,7 @@ def test_scripted_session_to_the_letter(file):
     assert done.stderr.split("\n") == [
         f"{file}: {anexagpt.open_file(file)[0]}",
         *OPENING,
-        "Prompt: Response: Prompt: (/hlep: unknown, did you mean /help? /help lists the commands, //... sends a slash)",
+        "Prompt: Response: Prompt: (/hlep: unknown, did you mean /help? /help lists them, // is a slash)",
         "Prompt: (temperature 101.0: must be from 0.0 to 100.0)",
         "Prompt: Response: Prompt: Response: ...Prompt: Response: Prompt: Response: Prompt: ",
         "",
