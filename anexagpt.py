@@ -1585,9 +1585,12 @@ class Turn(Settings):
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read; it appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(text.encode(errors="replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_talk(path: Path) -> tuple[list[Turn], ChatConfig]:
@@ -1626,7 +1629,9 @@ class Session:
             inspect.signature(self.commands[name]).bind(*arguments)
         except TypeError:
             raise UserError(f"usage: {self.usage(name)}") from None
-        self.commands[name](*arguments if names != ["file"] else [Path(rest.strip()).expanduser()])
+        if names == ["file"]:
+            arguments = [Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+        self.commands[name](*arguments)
 
     @staticmethod
     def demand(word: str, known: Iterable[str], cure: str, sign: str = "") -> None:
@@ -1679,7 +1684,7 @@ class Session:
         self.turns.append(Turn(prompt, written, seed, echo))
         print(flush=True)
         if self.cfg.verbose == "on":
-            seconds = time.monotonic() - start
+            seconds = max(time.monotonic() - start, 1e-9)
             say(f"({len(written):,} characters in {seconds:.1f} s, {len(written) / seconds:,.0f} char/s, seed {seed})")
 
     def do_help(self, command="") -> None:

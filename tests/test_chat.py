@@ -62,6 +62,8 @@ def talk(session, capsys, *lines) -> tuple[str, str]:
             session.respond(line)
         except anexagpt.UserError as error:
             anexagpt.say(f"({error})")
+        except OSError as error:
+            anexagpt.say(f"({error.filename}: {error.strerror})")
     return capsys.readouterr()
 
 
@@ -145,6 +147,10 @@ def test_set_without_value_is_the_default(session, capsys):
     ("/quit now", "usage: /quit"),
     ("/save", "usage: /save FILE"),
     ("/attn 1 2 3", "usage: /attn [layer] [head]"),
+    ("/load ~nobody-of-that-name/x", "No such file"),
+    ("/load a\0b", "No such file"),
+    ("/load /", "directory|denied"),
+    ("/save ", "usage: /save FILE"),
     ("/attn one", "there is no answer yet|usage: /attn"),
     ("/respond x", "/respond: unknown"),
     ("/__init__ x", "/__init__: unknown"),
