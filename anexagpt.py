@@ -1488,9 +1488,8 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
 def why_view(model: GPT, tokenizer: Tokenizer, prompt: str, answer: str, frame: Frame) -> Text:
     """`answer` coloured by how little the model expected each character after `prompt`, with its loss in bits below."""
     before, ids = tokenizer.encode(prompt or "\n"), tokenizer.encode(answer).long()
-    bits = predictions(model, torch.cat((before.long(), ids)), len(before))[:-1].log_softmax(-1) / -math.log(
-        2
-    )  # (N, V)
+    logits = predictions(model, torch.cat((before.long(), ids)), len(before))[:-1]  # (N, V)
+    bits = logits.log_softmax(-1) / -math.log(2)
     losses = bits.gather(1, ids[:, None])[:, 0]  # (N,)
     lines = Text("Below each character its loss; n bits: it had one chance in 2^n\n")
     digits = [str(min(9, round(loss)) or "") for loss in losses.tolist()]
@@ -1843,7 +1842,7 @@ class History(prompt_toolkit.history.FileHistory):
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):  # a full disk is no reason to end a talk
-            super().store_string(string.encode(errors="replace").decode())
+            super().store_string(string)
 
 
 def closed(text: str) -> bool:

@@ -91,6 +91,8 @@ def test_more_is_as_if_it_had_not_stopped(session, file, capsys):
     out, err = talk(session, capsys, "/set temperature 0", "the", "/more", "/more")
     assert out.replace("\n", "") == ("the" + continuation(file, "the", 60, temperature=0.0)).replace("\n", "")
     assert err.count("Response: ...") == 2
+    first, second, third = session.turns
+    assert second.prompt == "the" + first.answer and third.prompt == second.prompt + second.answer
     assert talk(session, capsys, "/undo", "/more")[0] == session.turns[-1].answer + "\n"
 
 
