@@ -8,6 +8,7 @@
 #     "requests==2.34.2",
 #     "rich==15.0.0",
 #     "filelock==4.2.11",
+#     "prompt_toolkit==3.0.53",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
@@ -32,6 +33,7 @@ import argparse
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -44,8 +46,8 @@ import time
 import typing
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -174,11 +176,16 @@ COMMANDS = {
     "train": "train a model and save it, without the prompt",
     "chat": "talk to a saved model",
     "generate": "continue one prompt and end; only the text goes to standard output",
+    "explain": "show how the model sees a text: its ids, what may come next, surprise, attention",
     "eval": "measure the loss of a saved model on a text",
     "info": "tell what a model file is",
     "export": "write the model for Hugging Face transformers or llama.cpp",
     "push": "publish the model on the Hugging Face Hub",
 }
+
+VIEWS = ("tokens", "probs", "why", "attn")
+TEXTS = ("sherlock", "shakespeare", "python-docs")
+MODEL = "model.safetensors"
 
 EXAMPLES = """\
 examples:
@@ -187,6 +194,7 @@ examples:
   python anexagpt.py train --data diary.txt --out me.safetensors
   python anexagpt.py chat --model me.safetensors --temperature 0.6
   python anexagpt.py generate "It was a" -n 300 > story.txt
+  python anexagpt.py explain "It was a" --view probs --top-k 5
   python anexagpt.py eval --data letters.txt
   python anexagpt.py export my-model --gguf my-model.gguf
 
@@ -220,51 +228,74 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(*names, **how, metavar=metavar, default=argparse.SUPPRESS, help=rule["help"] + default)
 
 
+# Options that are no setting: the commands that have them, their names, and what argparse is told of them.
+FILE = dict(type=Path, metavar="FILE")
+ARGUMENTS = (
+    ("generate", "prompt", dict(help="text to continue")),
+    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write at once (default: 1)")),
+    ("explain", "text", dict(help="text to look at")),
+    ("explain", "--view", dict(action="append", choices=VIEWS, help="what to show; may be repeated (default: all)")),
+    ("explain", "--layer", dict(type=int, metavar="N", help="layer for attn (default: the last)")),
+    ("explain", "--head", dict(type=int, metavar="N", help="head for attn (default: the mean of all)")),
+    ("export", "folder", dict(nargs="?", type=Path, metavar="DIR", help="folder for transformers")),
+    ("export", "--gguf", dict(**FILE, help="file for llama.cpp")),
+    ("export", "--f16", dict(action="store_true", help="half the size of FILE, nearly the same answers")),
+    ("export", "--modelfile", dict(action="store_true", help="a Modelfile for Ollama beside FILE")),
+    ("export", "--force", dict(action="store_true", help="replace files that export did not write")),
+    ("push", "name", dict(metavar="USER/NAME", help="what the model is called on the Hub")),
+    ("push", "--private", dict(action="store_true", help="only you can see it")),
+    (
+        "export push",
+        "--license",
+        dict(default="unknown", metavar="ID", help="of the weights, in the Hub's spelling, as mit"),
+    ),
+    ("run train", "--out", dict(**FILE, default=Path(MODEL), help=f"where the model goes (default: {MODEL})")),
+    ("run train", "--restart", dict(action="store_true", help="train anew, whatever was there before")),
+    ("run train", "--quiet", dict(action="store_true", help="no progress")),
+    ("run train", "--log", dict(**FILE, help="keep losses, rates and speed in a CSV file")),
+    ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="the same and samples for TensorBoard")),
+    (
+        "run train",
+        "--size",
+        dict(choices=SIZES, help="shape of the network: 0.8, 10.7 or 86 M parameters (default: small)"),
+    ),
+    (
+        "chat generate explain eval info export push",
+        "--model",
+        dict(**FILE, default=Path(MODEL), help=f"model file (default: {MODEL})"),
+    ),
+    (
+        "run train eval",
+        "--data",
+        dict(
+            metavar="TEXT",
+            help=f"{', '.join(TEXTS)}, a file, or a http(s) address (default: sherlock; eval: the model's)",
+        ),
+    ),
+    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text (default: utf-8)")),
+)
+SETTINGS = (
+    ("run train", "network", GPTConfig, ()),
+    ("run train", "training", TrainConfig, ()),
+    ("chat generate", "sampling", SampleConfig, ()),
+    ("run", "sampling", SampleConfig, ("seed",)),
+    ("explain", "sampling", SampleConfig, ("seed", "max_new", "stop")),
+    ("run train chat generate explain eval", "device", DeviceConfig, ()),
+)
+
+
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace; leaves the program for --help, --version and typing errors."""
     top = Parser(prog="anexagpt.py", description=__doc__.split("\n")[0], epilog=EXAMPLES)
     top.add_argument("--version", action="version", version=f"Anexa {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     known = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    model = dict(type=Path, default=Path("model.safetensors"), metavar="FILE")
-    shapes = "; ".join(f"{size} " + " ".join(f"{k} {v}" for k, v in shape.items()) for size, shape in SIZES.items())
-    for name, parser in known.items():
-        if name == "generate":
-            parser.add_argument("prompt", help="text to continue")
-            parser.add_argument("-k", "--samples", type=int, default=1, metavar="N", help="texts to write at once")
-        if name == "export":
-            parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="folder for transformers")
-            parser.add_argument("--gguf", type=Path, metavar="FILE", help="file for llama.cpp")
-            parser.add_argument("--f16", action="store_true", help="half the size of FILE, nearly the same answers")
-            parser.add_argument("--modelfile", action="store_true", help="a Modelfile for Ollama beside FILE")
-            parser.add_argument("--force", action="store_true", help="replace files that export did not write")
-        if name == "push":
-            parser.add_argument("name", metavar="USER/NAME", help="what the model is called on the Hub")
-            parser.add_argument("--private", action="store_true", help="only you can see it")
-        if name in ("export", "push"):
-            text = "licence of the weights in the Hub's spelling, as mit or cc0-1.0 (default: unknown)"
-            parser.add_argument("--license", default="unknown", metavar="ID", help=text)
-        if name in ("run", "train"):
-            parser.add_argument("--out", **model, help="where the model goes (default: model.safetensors)")
-            parser.add_argument("--restart", action="store_true", help="train anew, whatever was there before")
-            parser.add_argument("--quiet", action="store_true", help="no progress")
-            parser.add_argument("--log", type=Path, metavar="FILE.csv", help="keep losses, rates and speed in a file")
-            parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="the same and samples for TensorBoard")
-        else:
-            parser.add_argument("--model", **model, help="model file (default: model.safetensors)")
-        if name in ("run", "train", "eval"):
-            default = "what the model was trained on" if name == "eval" else "sherlock"
-            text = f"sherlock, shakespeare, python-docs, a file, or a http(s) address (default: {default})"
-            parser.add_argument("--data", metavar="TEXT", help=text)
-            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
-        if name in ("run", "train"):
-            parser.add_argument("--size", choices=SIZES, help=f"shape of the network (default: small): {shapes}")
-            parser.add_settings(GPTConfig, "network")
-            parser.add_settings(TrainConfig, "training")
-        if name in ("run", "chat", "generate"):
-            parser.add_settings(SampleConfig, "sampling", skip=("seed",) if name == "run" else ())
-        if name not in ("info", "export", "push"):
-            parser.add_settings(DeviceConfig, "device")
+    for names, options, how in ARGUMENTS:
+        for name in names.split():
+            known[name].add_argument(*options.split(), **how)
+    for names, title, config, skip in SETTINGS:
+        for name in names.split():
+            known[name].add_settings(config, title, skip)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["run", *argv]
     options, unknown = top.parse_known_args(argv)
@@ -286,6 +317,8 @@ if __name__ == "__main__":
     OPTIONS = parse_options(sys.argv[1:])
 
 import filelock
+import prompt_toolkit
+import prompt_toolkit.history
 import requests
 import rich.progress
 import safetensors
@@ -293,7 +326,14 @@ import safetensors.torch
 import torch
 import urllib3
 from packaging.version import Version
+from prompt_toolkit.completion import Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.shortcuts import CompleteStyle
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -914,6 +954,14 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
         raise UserError(f"{path}: not a whole model of Anexa: {reason}; train one, or fetch it again") from None
 
 
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """New networks without first weights: on the meta device PyTorch would import SymPy for them, a second's work."""
+
+    def __torch_function__(self, function, types, args=(), options=None):
+        if getattr(function, "__module__", "") != "torch.nn.init":
+            return function(*args, **(options or {}))
+
+
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]:
     """A model file's network in evaluation mode, its tokenizer and its story; every claim of the file is checked first.
 
@@ -926,7 +974,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
             raise UserError(f"{path}: not a model of Anexa: {rule}; train one, or fetch it again")
 
     demand(len(found) == 4 + 12 * story.config.n_layer, "its tensors are not those of its config")
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"), Unfilled():  # shapes without memory
         model = GPT(story.config)
     exported = "transformer.wte.weight" in found  # by `export`: names as transformers has them, matrices transposed
     for name, weight in model.named_parameters():
@@ -1414,6 +1462,173 @@ def write(
 
 
 # ---- REPL ------------------------------------------------------------------------------------------------------------
+# Talk to a model, and look at how it thinks. A view is a function that gives rich text; `look` fits it to the terminal.
+
+HEAT = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # of middling lightness, for dark and light terminals
+ALARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
+
+
+class Frame(typing.NamedTuple):
+    """What a view has to fit into."""
+
+    width: int = 80  # cells
+    height: int = 25  # lines
+    shades: str = " ░▒▓█"  # from nothing to all
+
+
+def look(console: Console, view: Callable[..., Text], *subject) -> None:
+    """Print a view of a subject in the size and the characters that the console has."""
+    frame = Frame(console.width, console.height)
+    try:
+        frame.shades.encode(console.encoding)
+    except UnicodeError:
+        frame = frame._replace(shades=" .:*#")
+    console.print(view(*subject, frame), highlight=False)
+
+
+def glyph(c: str) -> str:
+    r"""A character as a view shows it: spelt out, as \n or \u0301, if it would move the cursor or take no cell."""
+    return c if c.isprintable() and cell_len(c) else c.encode("unicode_escape").decode()
+
+
+def ending(text: str, room: int) -> str:
+    """The last characters of `text` in quotes, in at most `room` cells."""
+    shown = [glyph(c) for c in text[-room:]]
+    while shown and sum(map(cell_len, shown)) > room - 2:
+        shown.pop(0)
+    return f"'{''.join(shown)}'"
+
+
+def underlined(cells: list[tuple[str, str, str]], width: int) -> Text:
+    r"""Lines of characters with something below each; a cell is character, style, below. A new line after each \n."""
+    lines, above, below = Text(), Text(), ""
+    for c, style, under in [*cells, ("", "", "")]:
+        room = max(cell_len(glyph(c)), len(under))
+        if not c or above.cell_len + room > width or above.plain.endswith("\\n"):
+            lines.append_text(above).append(f"\n{below}\n", "dim")
+            above, below = Text(), ""
+        above.append(f"{glyph(c)}{'':{room - cell_len(glyph(c))}}", style)
+        below += f"{under:<{room}}"
+    return lines
+
+
+@torch.no_grad()
+def predictions(model: GPT, ids: Tensor, first: int) -> Tensor:
+    """Logits (N + 1 - first, V) of the characters number `first` > 0 to N of a text `ids` (N,); N is the one to come.
+
+    Each is predicted from the context that it has when `stream` writes the text.
+    """
+    ids, T, parts = ids.long().to(model.wte.weight.device), model.config.block_size, []
+    while first <= len(ids):
+        start = window_start(first, T)
+        last = min(start + T, len(ids))  # of those with this context
+        parts.append(model(ids[None, start:last])[0, first - start - 1 :].float().cpu())
+        first = last + 1
+    return torch.cat(parts)
+
+
+def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, frame: Frame) -> Text:
+    """The likeliest characters after `text`, in percent: what the model says, then what each setting that is on leaves.
+
+    A setting works on what the one at its left has left; "-" is ruled out. All bars have one scale.
+    """
+    ids = tokenizer.encode(text or "\n")
+    logits = predictions(model, ids, len(ids))  # (1, V)
+    stages, on = {"model": logits[0].softmax(-1)}, SampleConfig(temperature=1.0)  # every setting off
+    logits[:, 0] = -torch.inf  # U+FFFD is never written
+    seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, ids.long(), True)
+    for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
+        if (value := getattr(cfg, name)) != getattr(on, name):
+            on = replace(on, **{name: value})
+            left = adjust(logits, on, seen)[0]
+            label = name.removeprefix("repetition_").replace("temperature", "temp").replace("_", "-")
+            likeliest = F.one_hot(left.argmax(), len(left)).float()
+            stages[f"{label} {value:g}"] = likeliest if on.temperature == 0 else left.softmax(-1)
+    order = stages["model"].argsort(descending=True).tolist()
+    n = max(4, min(12, frame.height - 6))
+    room = (frame.width - 8) // len(stages)  # cells for a stage
+    highest = max(float(p.max()) for p in stages.values())
+    lines = Text(f"After {ending(text, frame.width - 20)}, in percent:\n    next")
+    lines.append("".join(f" {name[: room - 1]:<{room - 1}}" for name in stages), "bold")
+    for row in [[i] for i in order[:n]] + [order[n:]]:
+        label = f"'{glyph(tokenizer.characters[row[0]])}'" if len(row) == 1 else f"{len(row)} more"
+        lines.append(f"\n{'':{8 - cell_len(label)}}{label}")
+        for p in stages.values():
+            share = float(p[row].sum())
+            number = f"{100 * share:.{int(room > 5)}f}" if share else "-"
+            bar = frame.shades[-1] * round(share / highest * (room - 7)) if len(row) == 1 else ""
+            lines.append(f" {number:>{min(5, room - 1)}}")
+            lines.append(f" {bar:<{room - 7}}" if room > 7 else " " * (room - 6), HEAT[1])
+    return lines
+
+
+def why_view(model: GPT, tokenizer: Tokenizer, prompt: str, answer: str, frame: Frame) -> Text:
+    """`answer` coloured by how little the model expected each character after `prompt`, with its loss in bits below."""
+    before, ids = tokenizer.encode(prompt or "\n"), tokenizer.encode(answer).long()
+    logits = predictions(model, torch.cat((before.long(), ids)), len(before))[:-1]  # (N, V)
+    bits = logits.log_softmax(-1) / -math.log(2)
+    losses = bits.gather(1, ids[:, None])[:, 0]  # (N,)
+    lines = Text("Below each character its loss; n bits: it had one chance in 2^n\n")
+    digits = [str(min(9, round(loss)) or "") for loss in losses.tolist()]
+    styles = [ALARM[min(3, int(loss / 2))] for loss in losses.tolist()]
+    lines.append_text(underlined(list(zip(answer, styles, digits, strict=True)), frame.width))
+    lines.append(f"{len(ids):,} characters, {losses.sum():,.1f} bits, {losses.mean():.3f} bits/char; least expected:")
+    for i in losses.topk(min(3, len(ids))).indices.tolist():
+        least, likeliest = bits[i].min(-1)
+        instead = f" ({ending(tokenizer.characters[likeliest], 9)} {least:.1f})" if likeliest != ids[i] else ""
+        line = f"{ending(answer[i], 9)} {losses[i]:.1f} bits{instead} after "
+        lines.append(f"\n{line}{ending(prompt + answer[:i], max(3, frame.width - cell_len(line)))}")
+    return lines
+
+
+@torch.no_grad()
+def attn_view(model: GPT, tokenizer: Tokenizer, text: str, layer: int | None, head: int | None, frame: Frame) -> Text:
+    """Heat map of the attention in a layer (None: the last) and a head (None: the mean of all) at the end of `text`.
+
+    A row for each character, a column for each that it may look at; at the right, the one that it looked at most.
+    raises  UserError if there is no such layer or head
+    """
+    config, device = model.config, model.wte.weight.device
+    for name, number, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
+        if number is not None and not 1 <= number <= last:
+            raise UserError(f"--{name} {number}: must be from 1 to {last}")
+    layer, ids = layer or config.n_layer, tokenizer.encode(text or "\n")
+    ids = ids[window_start(len(ids), config.block_size) :].long().to(device)
+    caught: list[Tensor] = []
+    hook = model.h[layer - 1].attn.c_attn.register_forward_hook(lambda module, x, qkv: caught.append(qkv))
+    model(ids[None])
+    hook.remove()
+    T, H = len(ids), config.n_head
+    q, k, _ = caught[0].view(1, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
+    # Attention mixes values by weights: mixing the rows of the unit matrix gives the weights themselves.
+    weights = attention(q, k, torch.eye(T, device=device).expand(1, H, T, T), None)[0].cpu()  # (H, T, T)
+    weights = weights.mean(0) if head is None else weights[head - 1]  # (T, T)
+
+    n = min(T, (frame.width - 16) // 2, max(8, frame.height - 4))
+    names = [glyph(tokenizer.characters[i]) for i in ids.tolist()]
+    levels = (0.05, 0.15, 0.30, 0.60)
+    key = "  ".join(f"{shade} {low:.0%}" for shade, low in zip(frame.shades[1:], levels, strict=True))
+    which = f"mean of {H} heads" if head is None else f"head {head} of {H}"
+    lines = Text(f"Layer {layer} of {config.n_layer}, {which}\nattention from: {key}\n    ")
+    lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
+    for t in range(T - n, T):
+        lines.append(f"\n {set_cell_size(names[t], 2)} ", "bold")
+        for w in weights[t, T - n :].tolist():
+            level = sum(w >= low for low in levels)
+            lines.append(frame.shades[level] * 2, HEAT[level])
+        most = int(weights[t].argmax())
+        lines.append(f" '{names[most]}' {weights[t, most]:.0%}")
+    return lines
+
+
+def tokens_view(tokenizer: Tokenizer, text: str, frame: Frame) -> Text:
+    """`text` with the id of each character below it; several if it is read as several, "-" if it is left out."""
+    read = {c: tokenizer.admit(c)[0] for c in set(text)}
+    ids = {c: "+".join(map(str, tokenizer.encode(read[c]).tolist())) or "-" for c in read}
+    known, notice = tokenizer.admit(text)
+    lines = underlined([(c, ALARM[read[c] != c], f"{ids[c]} ") for c in text], frame.width)
+    lines.append(f"{len(text):,} characters, {len(known):,} ids of 1 to {len(tokenizer) - 1:,}")
+    return lines.append(f"\n{''.join(map(glyph, notice))}" if notice else "")
 
 
 def random_source(seed: int | None) -> torch.Generator:
@@ -1426,44 +1641,348 @@ def random_source(seed: int | None) -> torch.Generator:
     return generator
 
 
-def ask() -> str:
-    """A line from the person, or from a pipe; EOFError at its end."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input("Prompt: ")
-    print("Prompt: ", end="", file=sys.stderr, flush=True)
-    if line := sys.stdin.readline():
-        return line.rstrip("\n")
-    raise EOFError
+@dataclass(frozen=True)
+class ChatConfig(SampleConfig):
+    """What /set can change."""
+
+    verbose: str = knob("off", "tell the speed after each answer", choices=("on", "off"))
 
 
-def chat(model: GPT, tokenizer: Tokenizer, cfg: SampleConfig) -> None:
-    """Continue one prompt after another until `quit`, `exit` or the end of the input."""
-    generator = random_source(cfg.seed)
-    say("\n--- Interactive Generation ---")
-    say("Enter a prompt to continue (or 'quit' to exit)")
-    while True:
+@dataclass(frozen=True)
+class Turn(Settings):
+    """A prompt as it was typed, what the model wrote, and the seed that makes it write that again."""
+
+    prompt: str
+    answer: str
+    seed: int
+    echo: int | None = None  # how many of the prompt's last characters were shown; None: all
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read; it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(text.encode(errors="replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_talk(path: Path) -> tuple[list[Turn], ChatConfig]:
+    """What /save wrote; UserError if the file is anything else."""
+    try:
+        talk = json.loads(path.read_text("utf-8"))
+        talk["settings"]["stop"] = tuple(map(str, talk["settings"]["stop"]))
+        return [Turn(**turn) for turn in talk["turns"]], ChatConfig(**talk["settings"])
+    except (LookupError, TypeError, ValueError, RecursionError, UserError):
+        raise UserError(f"{path}: not a conversation that /save wrote; choose another file") from None
+
+
+class Session:
+    """A talk with a model. `do_NAME` is the command /NAME: its docstring is the help, its signature the usage."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig):
+        self.model, self.tokenizer, self.story, self.cfg = model, tokenizer, story, ChatConfig(**asdict(cfg))
+        self.turns: list[Turn] = []
+        self.over, self.console = False, Console(stderr=True)
+        self.commands = {n.removeprefix("do_"): getattr(self, n) for n in vars(Session) if n.startswith("do_")}
+        self.settings = [knob.name.replace("_", "-") for knob in fields(ChatConfig)]
+
+    def respond(self, line: str) -> None:
+        """Do what a line asks for; UserError if it cannot be done."""
+        if line.startswith('"""'):
+            return self.answer(line.rstrip()[3:].removesuffix('"""').removeprefix("\n").removesuffix("\n"))
+        if line.strip() in ("quit", "exit"):
+            return self.do_quit()
+        if not line.startswith("/") or line.startswith("//"):
+            return self.answer(line[line.startswith("//") :])
+        name, _, rest = line[1:].partition(" ")
+        self.demand(name, self.commands, "/help lists them, // is a slash", "/")
+        names = self.parameters(name)
+        arguments = [rest] * bool(rest) if len(names) == 1 else rest.split(maxsplit=max(0, len(names) - 1))
         try:
-            prompt = ask()
-            if prompt.strip() in ("quit", "exit"):
-                return
-        except EOFError:
-            return say()
-        except KeyboardInterrupt:
-            say("\n(quit or Ctrl-D leaves)")
-            continue
-        prompt, notice = tokenizer.admit(prompt)
+            inspect.signature(self.commands[name]).bind(*arguments)
+        except TypeError:
+            raise UserError(f"usage: {self.usage(name)}") from None
+        if names == ["file"]:
+            arguments = [Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+        self.commands[name](*arguments)
+
+    @staticmethod
+    def demand(word: str, known: Iterable[str], cure: str, sign: str = "") -> None:
+        """Raise UserError with the nearest of the `known` words if `word` is none of them."""
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 1, 0.5)
+            raise UserError(f"{sign}{word}: unknown{f', did you mean {sign}{near[0]}?' if near else ''} {cure}")
+
+    def parameters(self, command: str) -> list[str]:
+        return list(inspect.signature(self.commands[command]).parameters)
+
+    def usage(self, command: str) -> str:
+        parameters = inspect.signature(self.commands[command]).parameters.items()
+        return f"/{command} " + " ".join(n.upper() if p.default is p.empty else f"[{n}]" for n, p in parameters)
+
+    def tell(self, *rows: tuple[str, str]) -> None:
+        """Print rows of two columns, wrapped to the width of the terminal."""
+        table = Table.grid(padding=(0, 1, 0, 0))
+        for row in rows:
+            table.add_row(*map(Text, map(printable, row)))
+        self.console.print(table)
+
+    def last(self) -> Turn:
+        if not self.turns:
+            raise UserError("there is no answer yet; type a prompt first")
+        return self.turns[-1]
+
+    def known(self, text: str) -> str:
+        """`text` in characters of the model; tells the person what was changed."""
+        text, notice = self.tokenizer.admit(text)
         if notice:
             say(f"({notice})")
-        if not prompt:
-            continue
+        return text
+
+    def answer(self, prompt: str, echo: int | None = None) -> None:
+        """Continue `prompt`, of which the last `echo` characters are shown (None: all), until done or Ctrl-C."""
+        if not (text := self.known(prompt)):
+            return
+        seed = random_source(None).initial_seed() % 10**9 if self.cfg.seed is None else self.cfg.seed
+        written, start = "", time.monotonic()
+        shown = text[0 if echo is None else max(0, len(text) - echo) :]
+        print("Response: " + "..." * (shown != text), end="", file=sys.stderr, flush=True)
         try:
-            print("Response: ", end="", file=sys.stderr, flush=True)
-            print(printable(prompt), end="", flush=True)
-            for (piece,) in write(model, tokenizer, prompt, cfg, generator):
+            print(printable(shown), end="", flush=True)
+            for (piece,) in write(self.model, self.tokenizer, text, self.cfg, random_source(seed)):
+                written += piece
                 print(printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass  # only the answer stops; what has come stays
+        self.turns.append(Turn(prompt, written, seed, echo))
         print(flush=True)
+        if self.cfg.verbose == "on":
+            seconds = max(time.monotonic() - start, 1e-9)
+            say(f"({len(written):,} characters in {seconds:.1f} s, {len(written) / seconds:,.0f} char/s, seed {seed})")
+
+    def do_help(self, command="") -> None:
+        """List the commands, or tell all about one."""
+        if command := command.strip().removeprefix("/"):
+            self.demand(command, self.commands, "/help lists them")
+            return self.tell((self.usage(command), ""), (inspect.getdoc(self.commands[command]), ""))
+        self.tell(*((self.usage(name), self.commands[name].__doc__.split("\n")[0]) for name in self.commands))
+        self.tell(('""" begins and ends a prompt of several lines; // is a slash; Ctrl-C stops an answer.', ""))
+
+    def do_set(self, name="", value="") -> None:
+        r"""Change a setting, as /set temperature 0.5
+
+        Without a value: back to its default. `stop` can be given several times, \n in it is a line end.
+        """
+        if not name:
+            return self.do_show()
+        self.demand(name, self.settings, "settings: " + ", ".join(self.settings))
+        knob = ChatConfig.__dataclass_fields__[name.replace("-", "_")]
+        kind, new = kinds(ChatConfig)[knob.name][0], knob.default
+        try:
+            if value:
+                new = (*self.cfg.stop, value.replace("\\n", "\n")) if kind is tuple else kind(value.strip())
+        except ValueError:
+            what, rule = "whole number" if kind is int else "number", knob.metadata
+            raise UserError(f"{name} {value}: must be a {what} from {rule['low']:,} to {rule['high']:,}") from None
+        self.cfg = replace(self.cfg, **{knob.name: new})
+        say(f"({name} {'new each time' if new is None else new})")
+
+    def do_show(self) -> None:
+        """Tell the settings, the model, and the seed of the last answer."""
+        settings = asdict(self.cfg) | dict(seed="new each time" if self.cfg.seed is None else self.cfg.seed)
+        rows = {name.replace("_", "-"): str(value) for name, value in settings.items()} | dict(model=str(self.story))
+        if self.turns:
+            rows["last answer"] = f"/set seed {self.turns[-1].seed}, then /regen repeats it"
+        self.tell(*rows.items())
+
+    def do_regen(self) -> None:
+        """Answer the last prompt anew."""
+        turn = self.last()
+        self.turns.pop()
+        self.answer(turn.prompt, turn.echo)
+
+    def do_more(self) -> None:
+        """Go on with the last answer from where it stopped."""
+        self.answer(self.last().prompt + self.last().answer, echo=0)
+
+    def do_undo(self) -> None:
+        """Forget the last answer."""
+        say(f"(forgot what followed {ending(self.last().prompt, 30)})")
+        self.turns.pop()
+
+    def do_clear(self) -> None:
+        """Forget all answers; the settings stay."""
+        self.turns.clear()
+
+    def do_save(self, file) -> None:
+        """Keep answers and settings in a file, as JSON."""
+        if file.exists():
+            read_talk(file)  # overwrites nothing but its like
+        talk = dict(anexa_version=__version__, settings=asdict(self.cfg), turns=[asdict(turn) for turn in self.turns])
+        write_private(file, json.dumps(talk, indent=1, ensure_ascii=False))
+        say(f"({file}: answers: {len(self.turns)})")
+
+    def do_load(self, file) -> None:
+        """Go on with what /save kept."""
+        self.turns, self.cfg = read_talk(file)
+        say(f"({file}: answers: {len(self.turns)}; /show tells the settings)")
+
+    def do_read(self, file) -> None:
+        """Continue the text in a file."""
+        self.answer(prepare(file.read_bytes(), str(file)).removesuffix("\n"), echo=200)
+
+    def do_model(self, file) -> None:
+        """Talk to another model; /regen asks it the last prompt."""
+        self.model, self.tokenizer, self.story = load_model(file, self.model.wte.weight.device)
+        say(f"{file}: {self.story}")
+
+    def do_probs(self, text="") -> None:
+        """Chart what may come after the text, or the last prompt.
+
+        From left to right: percentages of the model, then what each setting that is on leaves of them.
+        """
+        look(self.console, probs_view, self.model, self.tokenizer, self.known(text or self.last().prompt), self.cfg)
+
+    def do_why(self) -> None:
+        """Show how much each character of the last answer surprised.
+
+        n bits: the model gave it one chance in 2^n, before any setting. No digit is less than half a bit, 9 is 9 or
+        more; colours begin at 2, 4 and 6 bits. Then the least expected, with what was likeliest instead.
+        """
+        prompt, answer = (self.tokenizer.admit(text)[0] for text in (self.last().prompt, self.last().answer))
+        if not answer:
+            raise UserError("the last answer is empty; /more goes on with it")
+        look(self.console, why_view, self.model, self.tokenizer, prompt, answer)
+
+    def do_attn(self, layer="", head="") -> None:
+        """Map which characters of the last prompt looked at which.
+
+        A row for each character, a column for each that it may look at, the one it looked at most at the right.
+        Without numbers: the last layer, the mean of its heads.
+        """
+        try:
+            numbers = [int(n) if n else None for n in (layer, head)]
+        except ValueError:
+            raise UserError(f"usage: {self.usage('attn')}, numbers from 1") from None
+        prompt, _ = self.tokenizer.admit(self.last().prompt)
+        look(self.console, attn_view, self.model, self.tokenizer, prompt, *numbers)
+
+    def do_tokens(self, text="") -> None:
+        """Show the ids of the text, or the last prompt, and what is left out."""
+        look(self.console, tokens_view, self.tokenizer, text or self.last().prompt)
+
+    def do_quit(self) -> None:
+        """Leave."""
+        self.over = True
+
+
+class Commands(Completer):
+    """What the Tab key offers: commands, then what the parameter's name promises."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def get_completions(self, document, event):
+        line, session = document.text_before_cursor, self.session
+        command, *rest = line[1:].split(" ", 1)
+        if not line.startswith("/") or (rest and command not in session.commands):
+            return
+        names = session.parameters(command) if rest else ["command"]
+        *before, word = (rest or [command])[0].split(" ", max(0, len(names) - 1))
+        rule = ChatConfig.__dataclass_fields__.get(before[0], None) if before else None
+        values = (rule and rule.metadata["choices"]) or ()
+        wanted = names[len(before)] if names else ""
+        if wanted == "file":
+            yield from PathCompleter(expanduser=True).get_completions(Document(word), event)
+        for offer in dict(command=session.commands, name=session.settings, value=values).get(wanted, ()):
+            if offer.startswith(word):
+                yield Completion(offer, start_position=-len(word))
+
+
+class History(prompt_toolkit.history.FileHistory):
+    """Earlier lines, in a private file in the person's state folder; only the last of them survive a new session."""
+
+    LIMIT = 1_000
+
+    def __init__(self):
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        windows = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+        folder = dict(win32=windows, darwin="~/Library/Application Support").get(sys.platform, state)
+        path = Path(folder).expanduser() / "anexa" / "history"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = path.read_text("utf-8", "replace").split("\n# ")[1:] if path.exists() else []
+        write_private(path, "".join(f"\n# {entry}" for entry in entries[-self.LIMIT :]))
+        super().__init__(path)
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):  # a full disk is no reason to end a talk
+            super().store_string(string)
+
+
+def closed(text: str) -> bool:
+    """Whether a prompt is whole: one that begins with three quotes is when it ends with three more."""
+    return not text.startswith('"""') or (len(text.rstrip()) > 5 and text.rstrip().endswith('"""'))
+
+
+def ask_plainly() -> str:
+    """A prompt from a pipe, or from a terminal that cannot move its cursor."""
+    print("Prompt: ", end="", file=sys.stderr, flush=True)
+    text = ""
+    try:
+        while (line := sys.stdin.readline()) and not closed(text := text + line):
+            pass
+    except KeyboardInterrupt:
+        say()
+        raise
+    if not text:
+        say()
+        raise EOFError
+    return text.removesuffix("\n")
+
+
+def line_editor(session: Session) -> Callable[[], str]:
+    """Function that gets a prompt from the person; it raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") in ("dumb", "unknown"):
+        return ask_plainly
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # where the cursor is, a terminal may tell too late
+    try:
+        history = History()
+    except (OSError, RuntimeError):  # no home, or no right to write there
+        history = prompt_toolkit.history.InMemoryHistory()
+    editor = prompt_toolkit.PromptSession(
+        "Prompt: ",
+        history=history,
+        completer=Commands(session),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        multiline=Condition(lambda: not closed(editor.default_buffer.text)),
+        enable_suspend=True,
+    )
+    return lambda: editor.prompt().encode(errors="replace").decode()
+
+
+def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> None:
+    """Continue one prompt after another, and obey commands, until `quit`, `exit` or the end of the input."""
+    session = Session(model, tokenizer, story, cfg)
+    say("\n--- Interactive Generation ---")
+    say("Enter a prompt to continue (or 'quit' to exit)")
+    ask = line_editor(session)
+    while not session.over:
+        try:
+            session.respond(ask())
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("(quit or Ctrl-D leaves)")
+        except UserError as error:
+            say(f"({str(error).removeprefix('--')})")
+        except OSError as error:
+            if error.filename is None:  # not a command's file: whoever read our output has gone
+                raise
+            say(f"({error.filename}: {error.strerror})")
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
@@ -1947,47 +2466,26 @@ def run(options: argparse.Namespace) -> None:
             cure = "train anew with --restart, or beside it with --out FILE"
             raise UserError(f"{options.out}: is a finished model with {difference}; {cure}")
         say(f"{options.out}: {story}")
-    model, tokenizer, _ = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
-    chat(model, tokenizer, replace(from_options(SampleConfig, options), seed=None))
+    model, tokenizer, story = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
+    chat(model, tokenizer, story, replace(from_options(SampleConfig, options), seed=None))
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run a command; the exit status: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
-    sys.stdin.reconfigure(errors="replace")
-    try:
-        if options.command in ("run", "train", "export", "push"):
-            dict(run=run, train=train, export=export, push=push)[options.command](options)
-            return 0
-        if options.command == "info":
-            info(options.model)
-            return 0
-        device, dtype = choose_device(from_options(DeviceConfig, options))
-        model, tokenizer, story = load_model(options.model, device)
-        if options.command == "chat":
-            say(f"{options.model}: {story}")
-            chat(model, tokenizer, from_options(SampleConfig, options))
-        elif options.command == "generate":
-            generate(model, tokenizer, options)
-        elif options.command == "eval":
-            measure(model, tokenizer, story, options, dtype)
-        return 0
-    except UserError as error:
-        say(f"anexagpt.py: {error}")
-        return 2
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        say(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def opened(options: argparse.Namespace) -> tuple[tuple[GPT, Tokenizer, Story], torch.dtype]:
+    """The model of `--model` on the device of the options, and the number format that the device is quick with."""
+    device, dtype = choose_device(from_options(DeviceConfig, options))
+    return load_model(options.model, device), dtype
 
 
-def generate(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+def talk(options: argparse.Namespace) -> None:
+    """Talk to a saved model."""
+    loaded, _ = opened(options)
+    say(f"{options.model}: {loaded[2]}")
+    chat(*loaded, from_options(SampleConfig, options))
+
+
+def generate(options: argparse.Namespace) -> None:
     """Write continuations of one prompt to standard output."""
+    (model, tokenizer, _), _ = opened(options)
     cfg = from_options(SampleConfig, options)
     if not 1 <= options.samples <= 10_000:
         raise UserError(f"--samples {options.samples}: must be from 1 to 10,000")
@@ -2004,8 +2502,28 @@ def generate(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> N
         print(printable(prompt + text) + "\n" + "-" * 40)
 
 
-def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Namespace, dtype: torch.dtype) -> None:
+def explain(options: argparse.Namespace) -> None:
+    """Print views of a text to standard output: here they are the result."""
+    (model, tokenizer, _), _ = opened(options)
+    cfg, (text, notice) = from_options(SampleConfig, options), tokenizer.admit(options.text)
+    if notice:
+        say(f"({notice})")
+    if not text:
+        raise UserError(f"{options.text!r}: has no characters that the model knows; give another text")
+    subjects = dict(
+        tokens=(tokens_view, tokenizer, options.text),
+        probs=(probs_view, model, tokenizer, text, cfg),
+        why=(why_view, model, tokenizer, "", text),
+        attn=(attn_view, model, tokenizer, text, options.layer, options.head),
+    )
+    for i, view in enumerate(options.view or VIEWS):
+        print(end="\n" * bool(i), flush=True)
+        look(Console(), *subjects[view])
+
+
+def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
+    (model, tokenizer, story), dtype = opened(options)
     corpus = load_corpus(options.data or story.data["name"], options.encoding)
     ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
     if corpus.sha256 == story.data["sha256"]:
@@ -2020,9 +2538,9 @@ def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Na
         say(f"({unknown:,} characters that the model does not know were left out)")
 
 
-def info(path: Path) -> None:
+def info(options: argparse.Namespace) -> None:
     """Print what a model file is."""
-    story, _ = open_file(path)
+    path, (story, _) = options.model, open_file(options.model)
     listing = lambda entries: ", ".join(f"{name} {value}" for name, value in entries.items())  # noqa: E731
     characters, data = story.characters[1:], story.data
     rows = {
@@ -2035,6 +2553,28 @@ def info(path: Path) -> None:
     for name, text in rows.items():
         print(f"{name:<12}{printable(text)}")
     print(loss_chart(story.history))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run a command; the exit status: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.stdin.reconfigure(errors="replace")
+    commands = dict(run=run, train=train, chat=talk, generate=generate, explain=explain, eval=measure, info=info)
+    try:
+        (commands | dict(export=export, push=push))[options.command](options)
+        return 0
+    except UserError as error:
+        say(f"anexagpt.py: {error}")
+        return 2
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        say(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
