@@ -8,6 +8,7 @@
 #     "requests==2.34.2",
 #     "rich==15.0.0",
 #     "prompt_toolkit==3.0.53",
+#     "filelock==4.2.11",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
@@ -39,7 +40,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import typing
 import unicodedata
@@ -128,10 +128,10 @@ class TrainConfig(Settings):
     max_steps: int = knob(5_000, "optimizer updates", 1, 100_000_000)
     batch_size: int | None = knob(None, "windows of text per update (default: 64 on a GPU, 4 on a CPU)", 1, 1_000_000)
     grad_accum: int = knob(1, "parts that a batch is computed in: less memory, same result", 1, 1_000_000)
-    muon_learning_rate: float = knob(0.012, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
-    learning_rate: float = knob(3e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
+    muon_learning_rate: float = knob(0.015, "peak rate of Muon: the matrices of the blocks", 0.0, 10.0)
+    learning_rate: float = knob(5e-3, "peak rate of AdamW: embeddings, LayerNorms, biases", 0.0, 10.0)
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
-    warmup_steps: int = knob(100, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
+    warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
     checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
@@ -280,6 +280,7 @@ if __name__ == "__main__":
     # Before PyTorch is imported, which takes a second or two: --help and a typing error answer at once.
     OPTIONS = parse_options(sys.argv[1:])
 
+import filelock
 import prompt_toolkit
 import prompt_toolkit.history
 import requests
@@ -616,13 +617,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    # PyTorch's fused kernel is several times slower than these three lines for short contexts in bfloat16 on a CPU.
-    T, S = q.shape[2], k.shape[2]
+    # PyTorch's fused kernel is several times slower than these lines for short contexts in bfloat16 on a CPU.
+    (B, H, T, D), S = q.shape, k.shape[2]
     if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, H, T, S)
-    hidden = torch.zeros(T, S, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-    return torch.softmax(scores + hidden, dim=-1, dtype=scores.dtype) @ v  # (B, H, T, D)
+        mask = torch.ones(T, S, dtype=torch.bool).tril()
+    hidden = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    scores = (q * D**-0.5).reshape(B * H, T, D) @ k.reshape(B * H, S, D).mT  # (B * H, T, S)
+    scores += hidden  # in place: it is the largest tensor of all
+    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, -1)).view(B, H, T, -1)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """x with a share p of its values, chosen at random, set to zero and the others scaled up; x itself if not training.
+
+    source  Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"
+    """
+    if p == 0 or not training or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    # One random byte a value, so p is a multiple of 1/256: PyTorch's own dropout takes a tenth of a step on a CPU.
+    dropped = round(256 * p)
+    draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    return (x * (draws[: x.numel()].view_as(x) >= dropped)).mul_(256 / (256 - dropped))
 
 
 class Attention(nn.Module):
@@ -637,7 +652,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, D) each
         if cache is None:
             y = attention(q, k, v, None)
         else:
@@ -670,8 +685,8 @@ class Block(nn.Module):
         self.dropout = config.dropout or 0.0
 
     def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
-        x = x + F.dropout(self.attn(self.ln_1(x), layer, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        x = x + dropout(self.attn(self.ln_1(x), layer, cache), self.dropout, self.training)
+        return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -687,8 +702,8 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.zeros_(weight)  # every block starts as the identity
-            elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
+            elif weight.dim() == 2:  # wider than GPT-2's 0.02 in the blocks, whose step sizes Muon makes larger
+                nn.init.normal_(weight, std=(2 * config.n_embd) ** -0.5 if name.startswith("h.") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
@@ -704,7 +719,7 @@ class GPT(nn.Module):
         if cache:
             cache.take(T)
         x = self.wte(ids) + (self.wpe(cache.positions) if cache else self.wpe.weight[:T])  # (B, T, C)
-        x = F.dropout(x, self.config.dropout or 0.0, self.training)
+        x = dropout(x, self.config.dropout or 0.0, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
@@ -732,48 +747,51 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return (cfg.max_steps - step) / (cfg.max_steps - cfg.warmup_steps)
 
 
-def orthogonalise(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """X (N, rows, columns), rows <= columns, with every singular value moved close to 1: N matrices at once.
+def orthogonalise(X: Tensor) -> Tensor:
+    """X (N, rows, columns) with every singular value moved close to 1: N matrices at once.
 
     source  Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (quintic Newton-Schulz)
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):
-        A = X @ X.mT  # (N, rows, rows)
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
-    return X.float()
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):  # X becomes a X + b (X X') X + c (X X')^2 X, with the smaller of X X' and X' X
+        if X.shape[1] <= X.shape[2]:
+            A = X @ X.mT  # (N, rows, rows)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        else:
+            A = X.mT @ X  # (N, columns, columns)
+            X = torch.baddbmm(X, X, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
+    return X
 
 
 class Muon:
     """Momentum whose direction is orthogonalised, for matrices; all matrices of one shape go through it as one stack.
 
-    A matrix and the transpose of another of its shape share a stack. The result is that of `torch.optim.Muon`, to
-    rounding.
+    The result is that of `torch.optim.Muon`, to rounding.
     source  Jordan et al. 2024, as above; decay and momentum as in torch.optim.Muon
     """
 
     def __init__(
-        self, weights: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, weights: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.9
     ):
         self.lr, self.weight_decay, self.dtype, self.momentum = lr, weight_decay, dtype, momentum
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for weight in weights:
-            shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+            shapes.setdefault(tuple(weight.shape), []).append(weight)
         self.stacks = list(shapes.values())
         self.buffers = [w[0].new_zeros(len(w), *shape) for shape, w in shapes.items()]  # momentum, (N, rows, columns)
 
     @torch.no_grad()
-    def step(self, rate: Tensor | float) -> None:
-        """One update at `rate` times the peak learning rate."""
+    def step(self, rate: Tensor) -> None:
+        """One update at `rate` (1,) times the peak learning rate."""
         for weights, buffer in zip(self.stacks, self.buffers, strict=True):
-            grad = torch.stack([w.grad if w.shape == buffer.shape[1:] else w.grad.T for w in weights])
+            grad = torch.stack([w.grad for w in weights])  # (N, rows, columns)
             buffer.lerp_(grad, 1 - self.momentum)
-            update = orthogonalise(grad.lerp(buffer, self.momentum), self.dtype)  # Nesterov's look ahead
-            for w, u in zip(weights, update.unbind(), strict=True):
-                u = u if w.shape == buffer.shape[1:] else u.T
-                scale = max(1, w.shape[0] / w.shape[1]) ** 0.5
-                w.mul_(1 - self.lr * self.weight_decay * rate).sub_(u * (self.lr * scale * rate))
+            ahead = grad.lerp_(buffer, self.momentum)  # Nesterov
+            updates = orthogonalise(ahead.to(self.dtype)).float()
+            scale = max(1, buffer.shape[1] / buffer.shape[2]) ** 0.5
+            for w, update in zip(weights, updates, strict=True):
+                w.mul_(1 - self.lr * self.weight_decay * rate).addcmul_(update, -self.lr * scale * rate)
 
 
 # ---- model file ------------------------------------------------------------------------------------------------------
@@ -791,7 +809,7 @@ class Story:
     data: dict  # name, sha256, characters
     training: dict  # TrainConfig and the device, as used
     step: int  # updates done
-    validation_loss: float  # the lowest, which is that of the weights kept; nats per character
+    validation_loss: float | None  # the lowest, that of the weights kept, in nats per character; None before the first
     history: list  # [step, training loss, validation loss], from first to last
 
     def metadata(self) -> dict[str, str]:
@@ -804,7 +822,7 @@ class Story:
         size = self.config.n_parameters() / 1e6
         return (
             f"{size:.1f} M parameters, trained on {self.data['name']} for {self.step:,} steps, "
-            f"validation loss {self.validation_loss:.4f} nats/char"
+            f"validation loss {self.validation_loss or math.nan:.4f} nats/char"
         )
 
 
@@ -847,7 +865,13 @@ def parse_story(metadata: dict[str, str]) -> Story:
         told[entry.name] = json.loads(metadata[entry.name], parse_constant=refuse)
     number = lambda value, kind=int | float: isinstance(value, kind) and abs(value) < 1e15  # noqa: E731
     types = dict(
-        config=dict, characters=str, data=dict, training=dict, step=int, validation_loss=int | float, history=list
+        config=dict,
+        characters=str,
+        data=dict,
+        training=dict,
+        step=int,
+        validation_loss=int | float | None,
+        history=list,
     )
     for name, kind in types.items():
         if not isinstance(told[name], kind):
@@ -867,7 +891,7 @@ def parse_story(metadata: dict[str, str]) -> Story:
     if not number(told["data"].get("characters")):
         raise ValueError("its data set has no number of characters")
     told["data"]["name"] = printable(name).replace("\n", " ")[:200]
-    if not number(told["step"]) or not number(told["validation_loss"]):
+    if not number(told["step"]) or not number(told["validation_loss"] or 0):
         raise ValueError("its step or validation_loss is out of range")
     for row in told["history"]:
         if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)):
@@ -1027,7 +1051,7 @@ class Trainer:
         self.muon = Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, dtype)
         rate = torch.tensor(0.0, device=device)
         self.adamw = torch.optim.AdamW(
-            others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+            others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
         # What an update reads lives on the device, so that a CUDA graph of it needs nothing from Python.
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step, as a tensor
@@ -1069,8 +1093,12 @@ class Trainer:
             self.starts.copy_(starts)
         if self.eager_left:
             self.eager_left -= 1
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # does nothing where there is no CUDA
                 self._update()
+            if self.stream:
+                torch.cuda.current_stream().wait_stream(self.stream)
         else:
             if self.graph is None:
                 self.record()
@@ -1126,7 +1154,8 @@ class Trainer:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], story: Story) -> None:
         """Continue from a `state` and the story saved with it, as if there had been no interruption."""
-        self.step, self.history, self.best_loss = story.step, story.history, story.validation_loss
+        self.step, self.history = story.step, story.history
+        self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
         self.losses.copy_(tensors["losses"])
         for name, weight in self.model.named_parameters():
@@ -1226,7 +1255,7 @@ class Report:
 
 
 def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], Story]) -> None:
-    """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave; so does a full disk, unsaved.
+    """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave.
 
     raises  KeyboardInterrupt, SystemExit or UserError
     """
@@ -1240,7 +1269,12 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.evaluation()
                 report.update()
                 if caught or time.monotonic() - saved > cfg.checkpoint_interval:
-                    save_file(checkpoint, trainer.state(), story())
+                    try:
+                        save_file(checkpoint, trainer.state(), story())
+                    except UserError as error:
+                        if caught:
+                            raise
+                        say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
                 if caught and trainer.step < cfg.max_steps:
                     report.close()
@@ -1911,28 +1945,74 @@ def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> N
 # ---- CLI -------------------------------------------------------------------------------------------------------------
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
-    out, checkpoint = options.out, checkpoint_path(options.out)
-    device, dtype = choose_device(from_options(DeviceConfig, options))
-    before = None
-    if checkpoint.exists() and not options.restart:
-        before, _ = open_file(checkpoint)
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another folder"
-        ) from None
+def conflict(options: argparse.Namespace, story: Story) -> str:
+    """What the command line asks for that a file's story tells otherwise; "" if nothing."""
+    told = asdict(story.config) | story.training | dict(data=story.data["name"])
+    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in ("device", "dtype")}
+    wanted = (SIZES[options.size] if options.size else {}) | given
+    return ", ".join(
+        f"--{name.replace('_', '-')} {told[name]}, not {value}" for name, value in wanted.items() if told[name] != value
+    )
 
-    size = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
-    settings = {k: v for k, v in before.training.items() if k in TrainConfig.__dataclass_fields__} if before else {}
-    cfg = from_options(TrainConfig, options, **settings)
-    from_options(GPTConfig, options, **(dict(vocab_size=2) | size))  # complains now, not after the download
+
+@contextmanager
+def sole_training(out: Path) -> Iterator[None]:
+    """Hold the lock that lets only one process train `out`.
+
+    raises  UserError if another has it, or the folder cannot be written to
+    """
+    path = out.with_name(f".{out.name}.lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        path.write_text(str(os.getpid()))
+    except filelock.Timeout:
+        raise UserError(
+            f"--out {out}: process {path.read_text()} is training it; wait for it or choose another"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
+    """Story of the interrupted training to continue, if there is one; a person may choose to begin anew instead.
+
+    raises  UserError if it cannot be continued with these options, and nobody is there to ask
+    """
+    if options.restart or not checkpoint.exists():
+        return None
+    story, _ = open_file(checkpoint)
+    difference = conflict(options, story)
+    if not difference:
+        return story
+    what = f"{checkpoint}: holds a training, stopped at step {story.step:,}, with {difference}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{what}; leave out what differs to go on with it, or begin anew with --restart")
+    say(what)
+    if input("Begin anew and lose it? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was done; leave out what differs to go on with that training")
+    return None
+
+
+def prepare_training(
+    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Trainer, Tokenizer, dict]:
+    """Trainer, tokenizer and facts about the text, by the options and else by the training to be continued."""
+    shape = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
+    known = TrainConfig.__dataclass_fields__
+    cfg = from_options(
+        TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
+    )
+    from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
     corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
     tokenizer = Tokenizer.of(corpus.text)
     ids = tokenizer.encode(corpus.text)
-    config = from_options(GPTConfig, options, **(size | dict(vocab_size=len(tokenizer))))
+    config = from_options(GPTConfig, options, **(shape | dict(vocab_size=len(tokenizer))))
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -1941,55 +2021,57 @@ def train(options: argparse.Namespace) -> None:
         )
     if cfg.batch_size is None:
         cfg = replace(cfg, batch_size=4 if device.type == "cpu" else 64)
-    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
     if config.dropout is None:
+        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
-    training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
-    trainer = Trainer(config, cfg, ids, device, dtype)
+    return Trainer(config, cfg, ids, device, dtype), tokenizer, data
 
-    def story() -> Story:
-        loss = trainer.best_loss if trainer.history else None
-        return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
 
-    def sample() -> str:
-        texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
-        text = "".join(piece for (piece,) in texts)
-        trainer.model.train()
-        return text
+def train(options: argparse.Namespace) -> None:
+    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
+    out, checkpoint = options.out, checkpoint_path(options.out)
+    device, dtype = choose_device(from_options(DeviceConfig, options))
+    with sole_training(out):
+        before = unfinished(options, checkpoint)
+        trainer, tokenizer, data = prepare_training(options, before, device, dtype)
+        config, cfg = trainer.model.config, trainer.cfg
+        training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
+        if before:
+            if before.data != data:
+                raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
+            try:
+                trainer.restore(safetensors.torch.load_file(checkpoint), before)
+            except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+                reason = printable(str(error)).splitlines()[0]
+                raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
+            say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
 
-    if before:
-        differs = [
-            k
-            for k, v in (asdict(before.config) | before.training).items()
-            if (asdict(config) | training).get(k, v) != v
-        ]
-        if before.data != data:
-            differs.append("data")
-        if differs := [name for name in differs if name not in ("device", "dtype")]:
-            option = ", ".join(f"--{name.replace('_', '-')}" for name in differs)
-            raise UserError(
-                f"{checkpoint}: holds a training with other {option}; go on with its settings, or --restart"
+        def story() -> Story:
+            loss = trainer.best_loss if trainer.history else None
+            return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
+
+        def sample() -> str:
+            texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
+            text = "".join(piece for (piece,) in texts)
+            trainer.model.train()
+            return text
+
+        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+        if not options.quiet:
+            say(
+                f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
+                f"{config.n_parameters() / 1e6:.1f} M parameters on {device.type} in {training['dtype']}; "
+                f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
+                f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
-        try:
-            trainer.restore(safetensors.torch.load_file(checkpoint), before)
-        except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"{checkpoint}: cannot be continued ({str(error).splitlines()[0]}); use --restart"
-            ) from None
-        say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
-    say(
-        f"{corpus.name}: {len(ids):,} characters, {len(tokenizer) - 1} different; {config.n_parameters() / 1e6:.1f} M "
-        f"parameters on {device.type} in {training['dtype']}; {cfg.max_steps:,} steps of {cfg.batch_size} x "
-        f"{config.block_size} characters, {passes:.0f} passes over the text, dropout {config.dropout}"
-    )
-    fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
-    if not options.quiet:
-        say(loss_chart(trainer.history))
-    say("Training finished...")
-    save_file(out, trainer.best, story())
-    checkpoint.unlink(missing_ok=True)
-    say(f"Model saved to {out}")
+        fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
+        if not options.quiet:
+            say(loss_chart(trainer.history))
+        say("Training finished...")
+        save_file(out, trainer.best, story())
+        checkpoint.unlink(missing_ok=True)
+        say(f"Model saved to {out}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -1998,15 +2080,9 @@ def run(options: argparse.Namespace) -> None:
         train(options)
     else:
         story, _ = open_file(options.out)
-        used = asdict(story.config) | story.training | dict(data=story.data["name"])
-        wanted = {k: v for k, v in vars(options).items() if k in used and v is not None}
-        wanted |= SIZES[options.size] if options.size else {}
-        for name, value in wanted.items():
-            if value != used[name] and name not in ("device", "dtype"):
-                raise UserError(
-                    f"{options.out}: is a model with --{name.replace('_', '-')} {used[name]}, not {value}; "
-                    f"train anew with --restart, or beside it with --out FILE"
-                )
+        if difference := conflict(options, story):
+            cure = "train anew with --restart, or beside it with --out FILE"
+            raise UserError(f"{options.out}: is a finished model with {difference}; {cure}")
         say(f"{options.out}: {story}")
     model, tokenizer, story = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
     chat(model, tokenizer, story, replace(from_options(SampleConfig, options), seed=None))
