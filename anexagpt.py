@@ -7,8 +7,8 @@
 #     "packaging==26.3",
 #     "requests==2.34.2",
 #     "rich==15.0.0",
-#     "prompt_toolkit==3.0.53",
 #     "filelock==4.2.11",
+#     "prompt_toolkit==3.0.53",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
@@ -19,7 +19,7 @@ downloads The Adventures of Sherlock Holmes, learns to write it one character at
 model.safetensors, and then continues whatever you type. This file is the whole program. Read it from top to bottom:
 every section uses only what stands above it.
 
-    config -> data -> tokenizer -> model -> optimizer -> model file -> training -> generation -> REPL -> CLI
+    config -> data -> tokenizer -> model -> optimizer -> model file -> training -> generation -> REPL -> export -> CLI
 
     text (str) -> ids (N,) -> x, y (B, T) -> logits (B, T, V), loss -> weights -> model.safetensors -> characters
 
@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -40,6 +41,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import typing
 import unicodedata
@@ -177,9 +179,13 @@ COMMANDS = {
     "explain": "show how the model sees a text: its ids, what may come next, surprise, attention",
     "eval": "measure the loss of a saved model on a text",
     "info": "tell what a model file is",
+    "export": "write the model for Hugging Face transformers or llama.cpp",
+    "push": "publish the model on the Hugging Face Hub",
 }
 
 VIEWS = ("tokens", "probs", "why", "attn")
+TEXTS = ("sherlock", "shakespeare", "python-docs")
+MODEL = "model.safetensors"
 
 EXAMPLES = """\
 examples:
@@ -190,6 +196,7 @@ examples:
   python anexagpt.py generate "It was a" -n 300 > story.txt
   python anexagpt.py explain "It was a" --view probs --top-k 5
   python anexagpt.py eval --data letters.txt
+  python anexagpt.py export my-model --gguf my-model.gguf
 
 Training can be stopped with Ctrl-C at any time; the same command goes on from there.
 'python anexagpt.py COMMAND --help' lists the options of a command."""
@@ -221,45 +228,74 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(*names, **how, metavar=metavar, default=argparse.SUPPRESS, help=rule["help"] + default)
 
 
+# Options that are no setting: the commands that have them, their names, and what argparse is told of them.
+FILE = dict(type=Path, metavar="FILE")
+ARGUMENTS = (
+    ("generate", "prompt", dict(help="text to continue")),
+    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write at once (default: 1)")),
+    ("explain", "text", dict(help="text to look at")),
+    ("explain", "--view", dict(action="append", choices=VIEWS, help="what to show; may be repeated (default: all)")),
+    ("explain", "--layer", dict(type=int, metavar="N", help="layer for attn (default: the last)")),
+    ("explain", "--head", dict(type=int, metavar="N", help="head for attn (default: the mean of all)")),
+    ("export", "folder", dict(nargs="?", type=Path, metavar="DIR", help="folder for transformers")),
+    ("export", "--gguf", dict(**FILE, help="file for llama.cpp")),
+    ("export", "--f16", dict(action="store_true", help="half the size of FILE, nearly the same answers")),
+    ("export", "--modelfile", dict(action="store_true", help="a Modelfile for Ollama beside FILE")),
+    ("export", "--force", dict(action="store_true", help="replace files that export did not write")),
+    ("push", "name", dict(metavar="USER/NAME", help="what the model is called on the Hub")),
+    ("push", "--private", dict(action="store_true", help="only you can see it")),
+    (
+        "export push",
+        "--license",
+        dict(default="unknown", metavar="ID", help="of the weights, in the Hub's spelling, as mit"),
+    ),
+    ("run train", "--out", dict(**FILE, default=Path(MODEL), help=f"where the model goes (default: {MODEL})")),
+    ("run train", "--restart", dict(action="store_true", help="train anew, whatever was there before")),
+    ("run train", "--quiet", dict(action="store_true", help="no progress")),
+    ("run train", "--log", dict(**FILE, help="keep losses, rates and speed in a CSV file")),
+    ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="the same and samples for TensorBoard")),
+    (
+        "run train",
+        "--size",
+        dict(choices=SIZES, help="shape of the network: 0.8, 10.7 or 86 M parameters (default: small)"),
+    ),
+    (
+        "chat generate explain eval info export push",
+        "--model",
+        dict(**FILE, default=Path(MODEL), help=f"model file (default: {MODEL})"),
+    ),
+    (
+        "run train eval",
+        "--data",
+        dict(
+            metavar="TEXT",
+            help=f"{', '.join(TEXTS)}, a file, or a http(s) address (default: sherlock; eval: the model's)",
+        ),
+    ),
+    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text (default: utf-8)")),
+)
+SETTINGS = (
+    ("run train", "network", GPTConfig, ()),
+    ("run train", "training", TrainConfig, ()),
+    ("chat generate", "sampling", SampleConfig, ()),
+    ("run", "sampling", SampleConfig, ("seed",)),
+    ("explain", "sampling", SampleConfig, ("seed", "max_new", "stop")),
+    ("run train chat generate explain eval", "device", DeviceConfig, ()),
+)
+
+
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace; leaves the program for --help, --version and typing errors."""
     top = Parser(prog="anexagpt.py", description=__doc__.split("\n")[0], epilog=EXAMPLES)
     top.add_argument("--version", action="version", version=f"Anexa {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     known = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
-    model = dict(type=Path, default=Path("model.safetensors"), metavar="FILE")
-    shapes = "; ".join(f"{size} " + " ".join(f"{k} {v}" for k, v in shape.items()) for size, shape in SIZES.items())
-    for name, parser in known.items():
-        if name == "generate":
-            parser.add_argument("prompt", help="text to continue")
-            parser.add_argument("-k", "--samples", type=int, default=1, metavar="N", help="texts to write at once")
-        if name == "explain":
-            parser.add_argument("text", help="text to look at")
-            parser.add_argument(
-                "--view", action="append", choices=VIEWS, help="what to show; may be repeated (default: all)"
-            )
-            parser.add_argument("--layer", type=int, metavar="N", help="layer for attn (default: the last)")
-            parser.add_argument("--head", type=int, metavar="N", help="head for attn (default: the mean of all)")
-        if name in ("run", "train"):
-            parser.add_argument("--out", **model, help="where the model goes (default: model.safetensors)")
-            parser.add_argument("--restart", action="store_true", help="train anew, whatever was there before")
-            parser.add_argument("--quiet", action="store_true", help="no progress")
-        else:
-            parser.add_argument("--model", **model, help="model file (default: model.safetensors)")
-        if name in ("run", "train", "eval"):
-            default = "what the model was trained on" if name == "eval" else "sherlock"
-            text = f"sherlock, shakespeare, python-docs, a file, or a http(s) address (default: {default})"
-            parser.add_argument("--data", metavar="TEXT", help=text)
-            parser.add_argument("--encoding", default="utf-8", help="encoding of the text (default: utf-8)")
-        if name in ("run", "train"):
-            parser.add_argument("--size", choices=SIZES, help=f"shape of the network (default: small): {shapes}")
-            parser.add_settings(GPTConfig, "network")
-            parser.add_settings(TrainConfig, "training")
-        if name in ("run", "chat", "generate", "explain"):
-            unused = dict(run=("seed",), explain=("seed", "max_new", "stop"))
-            parser.add_settings(SampleConfig, "sampling", skip=unused.get(name, ()))
-        if name != "info":
-            parser.add_settings(DeviceConfig, "device")
+    for names, options, how in ARGUMENTS:
+        for name in names.split():
+            known[name].add_argument(*options.split(), **how)
+    for names, title, config, skip in SETTINGS:
+        for name in names.split():
+            known[name].add_settings(config, title, skip)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["run", *argv]
     options, unknown = top.parse_known_args(argv)
@@ -940,14 +976,21 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
     demand(len(found) == 4 + 12 * story.config.n_layer, "its tensors are not those of its config")
     with torch.device("meta"), Unfilled():  # shapes without memory
         model = GPT(story.config)
+    exported = "transformer.wte.weight" in found  # by `export`: names as transformers has them, matrices transposed
     for name, weight in model.named_parameters():
-        shape, dtype = found.get(name, ((), "missing"))
+        shape, dtype = found.get(f"transformer.{name}" if exported else name, ((), "missing"))
+        shape = shape[::-1] if exported and name.startswith("h.") else shape
         demand(
             shape == tuple(weight.shape) and dtype == "F32", f"{name} is {shape} {dtype}, not {tuple(weight.shape)} F32"
         )
     weights = safetensors.torch.load_file(path, device=str(device))
     for name, weight in weights.items():
         demand(bool(weight.isfinite().all()), f"{name} has values that are not finite")
+    if exported:
+        weights = {
+            name.removeprefix("transformer."): (w.t() if ".h." in name else w).contiguous()
+            for name, w in weights.items()
+        }
     model.load_state_dict(weights, assign=True)
     return model.eval(), Tokenizer(story.characters), story
 
@@ -1942,6 +1985,342 @@ def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> N
             say(f"({error.filename}: {error.strerror})")
 
 
+# ---- export ----------------------------------------------------------------------------------------------------------
+# The same model and figures for other programs: Hugging Face transformers and Hub, llama.cpp, TensorBoard.
+
+INSTALL = "pip install huggingface_hub gguf tensorboard"  # what only this section needs, and only when asked
+HUB_FILES = (
+    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"
+)  # fmt: skip
+OWN_MARK = "Written by anexagpt.py"
+RIGHTS = dict.fromkeys(SOURCES, "is in the public domain") | {FALLBACK: "has the licence of Python"}
+
+
+def optional(module: str):
+    """An optional package, imported.  raises  UserError with the line that installs it"""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"needs the package {module.split('.')[-1]}, which is not installed: {INSTALL}") from None
+
+
+def for_publishing(story: Story) -> Story:
+    """The story with no more of its data set's name than others may see: no folders, no password of an address."""
+    name = story.data["name"]
+    if re.match("https?://", name, re.IGNORECASE):
+        name = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
+    else:
+        name = re.split(r"[/\\]", name)[-1]
+    return replace(story, data=story.data | dict(name=name))
+
+
+def model_card(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licence: str) -> str:
+    """README.md of a published model: YAML for the Hub, then what a person needs to know before using it."""
+    loss, data, config = story.validation_loss, story.data, story.config
+    pieces = write(model, tokenizer, "\n", SampleConfig(max_new=400), random_source(0))
+    sample = printable("".join(piece for (piece,) in pieces)).strip()
+    prompt = (re.findall(r"\w+", sample) or [""])[0]
+    text = data["name"] if data["name"] not in SOURCES else f"{data['name']} ({SOURCES[data['name']].title})"
+    measured = [
+        dict(type=kind, name=f"validation loss, {unit}", value=round(value, 4))
+        for kind, unit, value in (("loss", "nats/char", loss), ("bits_per_character", "bits/char", loss / math.log(2)))
+    ]
+    task, dataset = dict(type="text-generation"), dict(type="text", name=text)
+    front = dict(
+        **(dict(language="en") if data["name"] in RIGHTS else {}),
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["anexa", "gpt2", "character-level"],
+        widget=[dict(text=prompt)],
+    )
+    front["model-index"] = [dict(name=title, results=[dict(task=task, dataset=dataset, metrics=measured)])]
+    yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())  # JSON is YAML
+    listing = lambda d: printable(", ".join(f"{k} {v}" for k, v in d.items())).replace("\n", " ")  # noqa: E731
+    block = lambda lines: "    " + lines.replace("\n", "\n    ")  # noqa: E731
+    characters = printable(tokenizer.characters[1:]).replace("\n", "\\n").replace("\t", "\\t")
+    best = min(story.history, key=lambda row: row[2], default=[story.step])[0]
+    return f"""\
+---
+{yaml}
+---
+# {title}
+
+A GPT-2 of {config.n_parameters():,} parameters that has read one text, {text}, character by character, and continues
+what you give it in that manner. It was trained from nothing with Anexa. It writes, for example:
+
+{block(sample)}
+
+## How it was made
+
+- Text: {text}, {data["characters"]:,} characters, SHA-256 `{data["sha256"]}`. It learnt from the first 90%.
+- Network: {listing(asdict(config))}.
+- Training: step {best:,} of {story.step:,}; {listing(story.training)}.
+- Validation loss: {loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, on the last 10% of the text. The step with
+  the lowest was kept, so on other text of this kind expect a little more.
+
+{block(loss_chart(story.history))}
+
+## How to use it
+
+With transformers; prompt and answer together may have {config.block_size} characters:
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", model="{title}")
+print(write("{prompt}", max_length={config.block_size})[0]["generated_text"])
+```
+
+With Anexa, in texts of any length, and through it with llama.cpp:
+
+```
+python anexagpt.py chat --model model.safetensors
+python anexagpt.py export --model model.safetensors --gguf model.gguf
+llama-completion -m model.gguf -no-cnv --ignore-eos -n {config.block_size // 2} -p "{prompt}"
+```
+
+## Limits
+
+It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices of that text,
+sometimes its very sentences. Beyond {config.block_size} characters transformers raises IndexError; llama.cpp ends, too.
+One token is one character, and these {len(tokenizer) - 1:,} are all it knows (transformers reads any other as U+FFFD):
+
+{block(characters[:2_000])}
+
+Licence of the weights: {licence}. The text {RIGHTS.get(data["name"], "belongs to whoever wrote it")}.
+
+"""
+
+
+def seal(files: dict[str, bytes]) -> bytes:
+    """Last line of the card. It tells a later export that the folder is as it was left, so that nothing is lost."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(files[name]).digest() for name in HUB_FILES))
+    return f"<!-- {OWN_MARK}; these files together: {digest.hexdigest()} -->\n".encode()
+
+
+def hub_files(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licence: str) -> dict[str, bytes]:
+    """Content of the files that Hugging Face transformers needs to load the model, by name."""
+    config, story = story.config, for_publishing(story)
+    # transformers keeps the matrices of the blocks as (in, out), nn.Linear as (out, in).
+    weights = {
+        f"transformer.{name}": (weight.t() if name.startswith("h.") else weight).detach().contiguous()
+        for name, weight in model.named_parameters()
+    }
+    vocabulary = {c: i for i, c in enumerate(tokenizer.characters)}
+    # Nothing ends a text but its length. An empty prompt begins after a line end, as here.
+    ends = dict(bos_token_id=vocabulary.get("\n", 1), eos_token_id=None, pad_token_id=0)
+    sampling = dict(do_sample=True, temperature=SampleConfig().temperature, top_k=0, max_length=config.block_size)
+    special = dict(id=0, content=UNKNOWN, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    bpe = dict(type="BPE", vocab=vocabulary, merges=[], unk_token=UNKNOWN)  # without merges: character by character
+    documents = {
+        "config.json": dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32", tie_word_embeddings=True,
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size, n_embd=config.n_embd,
+            n_layer=config.n_layer, n_head=config.n_head, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+            embd_pdrop=config.dropout or 0.0, resid_pdrop=config.dropout or 0.0, attn_pdrop=0.0,
+            **(ends | dict(bos_token_id=None)), task_specific_params={"text-generation": sampling},
+        ),
+        "generation_config.json": ends | sampling | dict(suppress_tokens=[0]),
+        "tokenizer.json": dict(
+            version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None, pre_tokenizer=None,
+            post_processor=None, decoder=dict(type="Fuse"), model=bpe,
+        ),
+        "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.block_size, padding_side="left",
+            model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
+            **dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN),
+        ),
+    }  # fmt: skip
+    files = {name: json.dumps(document, indent=2, ensure_ascii=False).encode() for name, document in documents.items()}
+    files["model.safetensors"] = safetensors.torch.save(weights, story.metadata())
+    files["README.md"] = model_card(model, tokenizer, story, title, licence).encode()
+    files["README.md"] += seal(files)
+    return files
+
+
+def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> None:
+    """Put `files` into `folder`, all of them or none.
+
+    raises  UserError if it holds anything that export did not write, unless forced; other files stay in any case
+    """
+    folder = folder.resolve()
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if names and not force:
+        old = {name: (folder / name).read_bytes() for name in HUB_FILES} if names == set(HUB_FILES) else {}
+        body, mark, last = old.get("README.md", b"").rpartition(b"<!-- ")
+        if not mark or seal(old | {"README.md": body}) != mark + last:
+            raise UserError(
+                f"{folder}: holds files that export did not write, or that were changed since; choose another folder, "
+                f"or put the files among them with --force"
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        for name, content in files.items():
+            (Path(temporary) / name).write_bytes(content)
+        folder.mkdir(exist_ok=True)
+        for name in files:
+            os.replace(Path(temporary) / name, folder / name)
+
+
+def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
+    """Write the model for llama.cpp to `path`, its matrices in float16 if `half`."""
+    gguf, config, temporary = optional("gguf"), model.config, path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # GPT-2 writes each byte of a token as one visible character; those that have none count up from U+0100.
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelling = {byte: chr(byte) for byte in visible}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in spelling)}
+    tokens = ["".join(spelling[byte] for byte in c.encode()) for c in characters]
+    try:
+        file, kind = gguf.GGUFWriter(temporary, "gpt2"), gguf.TokenType
+        facts = dict(
+            name=path.stem, description=OWN_MARK, context_length=config.block_size, embedding_length=config.n_embd,
+            feed_forward_length=4 * config.n_embd, block_count=config.n_layer, head_count=config.n_head,
+            layer_norm_eps=1e-5, tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens,
+            file_type=gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32,
+            token_types=[kind.CONTROL] + [kind.NORMAL] * (len(tokens) - 1),
+            # A character of several bytes is put together from them, one more at a time.
+            token_merges=list(dict.fromkeys(f"{t[:i]} {t[i]}" for t in tokens for i in range(1, len(t)))),
+            # Were there no end token, llama.cpp would take id 11, an ordinary letter. Id 0 is all but never written.
+            bos_token_id=0, eos_token_id=0, unk_token_id=0, add_bos_token=False,
+        )  # fmt: skip
+        for name, fact in facts.items():
+            getattr(file, f"add_{name}")(fact)
+        names = {
+            "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "h": "blk", "ln_1": "attn_norm",
+            "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
+            "mlp.c_proj": "ffn_down",
+        }  # fmt: skip
+        for name, weight in model.named_parameters():
+            name = re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], name)
+            keep = not half or weight.dim() == 1 or name.startswith("position_embd")
+            file.add_tensor(name, weight.detach().to(torch.float32 if keep else torch.float16).numpy())
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the model for other programs: a folder for transformers, a GGUF file for llama.cpp, or both."""
+    if not options.gguf and (options.f16 or options.modelfile or not options.folder):
+        raise UserError("export: give a folder, or --gguf FILE, which --f16 and --modelfile belong to, or both")
+    model, tokenizer, story = load_model(options.model, torch.device("cpu"))
+    if options.folder:
+        files = hub_files(model, tokenizer, story, options.folder.resolve().name, options.license)
+        write_folder(options.folder, files, options.force)
+        say(f"Written to {options.folder}: {', '.join(HUB_FILES)}")
+    if path := options.gguf:
+        recipe, cfg = path.with_name("Modelfile"), SampleConfig()
+        sampling = dict(
+            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+            repeat_penalty=cfg.repetition_penalty, num_ctx=story.config.block_size,
+            num_predict=story.config.block_size // 2,  # positions are absolute: a full context cannot slide
+        )  # fmt: skip
+        lines = [f"FROM ./{path.name}", 'TEMPLATE "{{ .Prompt }}"']  # no chat: it continues what it gets
+        text = "\n".join([*lines, *(f"PARAMETER {name} {value}" for name, value in sampling.items())]) + "\n"
+        ours = not path.exists() or OWN_MARK.encode() in path.read_bytes()[:1_000]
+        if options.modelfile and recipe.exists():
+            ours = ours and recipe.read_bytes() == text.encode()
+        if not ours and not options.force:
+            raise UserError(f"{path}: it or {recipe} is not what export writes; choose another name, or --force")
+        write_gguf(path, model, tokenizer.characters, options.f16)
+        say(f"Written to {path}, {path.stat().st_size:,} bytes")
+        if story.config.block_size % 256:
+            say(
+                f"NOTE: llama.cpp rounds the context up to a multiple of 256 and fails beyond the "
+                f"{story.config.block_size} characters of this model; keep prompt and answer (-n) together below that"
+            )
+        if options.modelfile:
+            recipe.write_bytes(text.encode())
+            say(f"Written to {recipe}; ollama create NAME -f {recipe}")
+
+
+def push(options: argparse.Namespace) -> None:
+    """Upload what `export` writes to the Hugging Face Hub, and print its address.
+
+    The token is that of `hf auth login` or of the environment; it is never an option, which other users could see.
+    raises  UserError saying what the Hub has against it
+    """
+    hub, name = optional("huggingface_hub"), options.name
+    reasons = {
+        401: "the Hub does not accept the token; log in again with 'hf auth login'",
+        403: "the token may not write there; make one with write access to it, then 'hf auth login'",
+        404: "no such user or organisation, or the token may not see it; check the name",
+    }
+    try:
+        if not hub.get_token():
+            raise UserError(f"{name}: nobody is logged in to the Hub; 'hf auth login', or set HF_TOKEN")
+        hub.utils.validate_repo_id(name)
+        model, api = load_model(options.model, torch.device("cpu")), hub.HfApi()
+        name = api.create_repo(name, private=options.private, exist_ok=True).repo_id
+        if options.private and not api.model_info(name).private:
+            raise UserError(f"{name}: exists and is public; make it private in its settings, or push to another name")
+        files = hub_files(*model, name, options.license)
+        say(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), files)
+            api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files))
+        print(f"{hub.constants.ENDPOINT}/{name}")
+    except (hub.errors.HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        told = printable(getattr(error, "server_message", None) or str(error) or type(error).__name__).splitlines()[0]
+        if status:
+            told = reasons.get(status, f"the Hub answered {status}: {told}; try again later")
+        elif isinstance(error, hub.errors.HTTPError):
+            told = f"no connection to the Hub ({told}); try again later"
+        raise UserError(f"{name}: not uploaded: {told}") from None
+
+
+class Recorder(Report):
+    """A Report that also keeps its figures: in a CSV file, for TensorBoard, or both."""
+
+    COLUMNS = "step,training_loss,validation_loss,learning_rate,muon_learning_rate,characters_per_second"
+
+    def __init__(
+        self, trainer: Trainer, sample: Callable[[], str], quiet: bool, log: Path | None, tensorboard: Path | None
+    ):
+        self.log = self.board = None
+        if tensorboard:
+            # What a training that is continued now wrote after its last save is dropped, there and in the CSV file.
+            writer = optional("torch.utils.tensorboard").SummaryWriter
+            self.board = writer(tensorboard, purge_step=trainer.step + 1 if trainer.step else None)
+        if log:
+            header, *rows = (log.read_text(errors="replace") if log.exists() else "").splitlines() or [self.COLUMNS]
+            if header != self.COLUMNS:
+                raise UserError(f"--log {log}: exists and is not such a log; choose another name")
+            kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= trainer.step]
+            self.log = open(log, "w", newline="\n")  # noqa: SIM115 (close() closes it)
+            self.log.writelines(f"{row}\n" for row in [header, *kept])
+        self.since = time.monotonic(), trainer.step
+        super().__init__(trainer, sample, quiet)
+
+    def evaluation(self) -> None:
+        super().evaluation()
+        (before, first), (now, last), cfg = self.since, (time.monotonic(), self.trainer.step), self.trainer.cfg
+        self.since = now, last
+        rate, (_, training, validation) = learning_rate(last - 1, cfg), self.trainer.history[-1]
+        speed = (last - first) * cfg.batch_size * self.trainer.model.config.block_size / max(now - before, 1e-9)
+        figures = training, validation, cfg.learning_rate * rate, cfg.muon_learning_rate * rate, round(speed)
+        if self.log:
+            print(last, *(f"{figure:.6g}" for figure in figures), sep=",", file=self.log, flush=True)
+        if self.board:
+            for name, figure in zip(self.COLUMNS.split(",")[1:], figures, strict=True):
+                self.board.add_scalar(name, figure, last)
+            self.board.add_text("sample", "    " + printable(self.sample()).replace("\n", "\n    "), last)
+            self.board.flush()
+
+    def close(self) -> None:
+        super().close()
+        for file in (self.log, self.board):
+            if file:
+                file.close()
+
+
 # ---- CLI -------------------------------------------------------------------------------------------------------------
 
 
@@ -2031,6 +2410,8 @@ def prepare_training(
 def train(options: argparse.Namespace) -> None:
     """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
     out, checkpoint = options.out, checkpoint_path(options.out)
+    if options.tensorboard:
+        optional("torch.utils.tensorboard")  # complains now, not after the download
     device, dtype = choose_device(from_options(DeviceConfig, options))
     with sole_training(out):
         before = unfinished(options, checkpoint)
@@ -2065,7 +2446,8 @@ def train(options: argparse.Namespace) -> None:
                 f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
                 f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
-        fit(trainer, Report(trainer, sample, options.quiet), checkpoint, story)
+        report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
+        fit(trainer, report, checkpoint, story)
         if not options.quiet:
             say(loss_chart(trainer.history))
         say("Training finished...")
@@ -2088,45 +2470,22 @@ def run(options: argparse.Namespace) -> None:
     chat(model, tokenizer, story, replace(from_options(SampleConfig, options), seed=None))
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run a command; the exit status: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
-    sys.stdin.reconfigure(errors="replace")
-    try:
-        if options.command in ("run", "train"):
-            dict(run=run, train=train)[options.command](options)
-            return 0
-        if options.command == "info":
-            info(options.model)
-            return 0
-        device, dtype = choose_device(from_options(DeviceConfig, options))
-        model, tokenizer, story = load_model(options.model, device)
-        if options.command == "chat":
-            say(f"{options.model}: {story}")
-            chat(model, tokenizer, story, from_options(SampleConfig, options))
-        elif options.command == "generate":
-            generate(model, tokenizer, options)
-        elif options.command == "explain":
-            explain(model, tokenizer, options)
-        elif options.command == "eval":
-            measure(model, tokenizer, story, options, dtype)
-        return 0
-    except UserError as error:
-        say(f"anexagpt.py: {error}")
-        return 2
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        say(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def opened(options: argparse.Namespace) -> tuple[tuple[GPT, Tokenizer, Story], torch.dtype]:
+    """The model of `--model` on the device of the options, and the number format that the device is quick with."""
+    device, dtype = choose_device(from_options(DeviceConfig, options))
+    return load_model(options.model, device), dtype
 
 
-def generate(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+def talk(options: argparse.Namespace) -> None:
+    """Talk to a saved model."""
+    loaded, _ = opened(options)
+    say(f"{options.model}: {loaded[2]}")
+    chat(*loaded, from_options(SampleConfig, options))
+
+
+def generate(options: argparse.Namespace) -> None:
     """Write continuations of one prompt to standard output."""
+    (model, tokenizer, _), _ = opened(options)
     cfg = from_options(SampleConfig, options)
     if not 1 <= options.samples <= 10_000:
         raise UserError(f"--samples {options.samples}: must be from 1 to 10,000")
@@ -2143,8 +2502,9 @@ def generate(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> N
         print(printable(prompt + text) + "\n" + "-" * 40)
 
 
-def explain(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+def explain(options: argparse.Namespace) -> None:
     """Print views of a text to standard output: here they are the result."""
+    (model, tokenizer, _), _ = opened(options)
     cfg, (text, notice) = from_options(SampleConfig, options), tokenizer.admit(options.text)
     if notice:
         say(f"({notice})")
@@ -2161,8 +2521,9 @@ def explain(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> No
         look(Console(), *subjects[view])
 
 
-def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Namespace, dtype: torch.dtype) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
+    (model, tokenizer, story), dtype = opened(options)
     corpus = load_corpus(options.data or story.data["name"], options.encoding)
     ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
     if corpus.sha256 == story.data["sha256"]:
@@ -2177,9 +2538,9 @@ def measure(model: GPT, tokenizer: Tokenizer, story: Story, options: argparse.Na
         say(f"({unknown:,} characters that the model does not know were left out)")
 
 
-def info(path: Path) -> None:
+def info(options: argparse.Namespace) -> None:
     """Print what a model file is."""
-    story, _ = open_file(path)
+    path, (story, _) = options.model, open_file(options.model)
     listing = lambda entries: ", ".join(f"{name} {value}" for name, value in entries.items())  # noqa: E731
     characters, data = story.characters[1:], story.data
     rows = {
@@ -2192,6 +2553,28 @@ def info(path: Path) -> None:
     for name, text in rows.items():
         print(f"{name:<12}{printable(text)}")
     print(loss_chart(story.history))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run a command; the exit status: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.stdin.reconfigure(errors="replace")
+    commands = dict(run=run, train=train, chat=talk, generate=generate, explain=explain, eval=measure, info=info)
+    try:
+        (commands | dict(export=export, push=push))[options.command](options)
+        return 0
+    except UserError as error:
+        say(f"anexagpt.py: {error}")
+        return 2
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        say(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ REFUSED = {
     "404": Answer(BOOK, 404),
     "500 for ever": Answer(BOOK, 500),
     "web page": Answer(b"<!DOCTYPE html><p>" + BOOK, type="text/html; charset=utf-8"),
+    "web page by its type": Answer(b"<p>" + BOOK, type="text/html"),
     "web page in disguise": Answer(b"\n <!doctype HTML><p>" + BOOK),
     "ending missing": Answer(BOOK[: len(BOOK) // 2]),
     "nothing": Answer(b""),
