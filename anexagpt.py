@@ -660,7 +660,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     hidden = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     scores = (q * D**-0.5).reshape(B * H, T, D) @ k.reshape(B * H, S, D).mT  # (B * H, T, S)
     scores += hidden  # in place: it is the largest tensor of all
-    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, D)).view(B, H, T, D)
+    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, -1)).view(B, H, T, -1)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

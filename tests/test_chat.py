@@ -1,6 +1,7 @@
 """The prompt: commands in this process, exact output over pipes, and editing on a real pseudo-terminal."""
 
 import inspect
+import io
 import json
 import os
 import re
@@ -191,6 +192,14 @@ def test_what_goes_to_the_model(session, capsys, line, prompt):
         assert not session.turns and out == ""
     else:
         assert session.turns[0].prompt == prompt and out.startswith(prompt)
+
+
+@pytest.mark.parametrize("end", ["quit\n", "exit\n", "  quit  \n", "/quit\n", "", "quit"])
+def test_ways_to_leave(file, monkeypatch, capsys, end):
+    """Fails if one of them is taken for a prompt, or if the session goes on after it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n" + end))
+    anexagpt.chat(*anexagpt.load_model(file, torch.device("cpu")), anexagpt.SampleConfig(max_new=3))
+    assert capsys.readouterr().out.count("the") == 1 and sys.stdin.read() == ""
 
 
 def test_save_and_load(session, file, tmp_path, capsys):
