@@ -33,7 +33,10 @@ def parts(path: Path) -> tuple[dict, bytes]:
 def refused(path: Path, *words: str) -> str:
     """Reading it is one clear error, and info and load_model agree."""
     texts = []
-    for function in (lambda: load_model(path, CPU), lambda: anexagpt.info(path)):
+    for function in (
+        lambda: load_model(path, CPU),
+        lambda: anexagpt.info(anexagpt.parse_options(["info", "--model", str(path)])),
+    ):
         try:
             function()
         except UserError as error:
