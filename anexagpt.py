@@ -928,11 +928,13 @@ def parse_story(metadata: dict[str, str]) -> Story:
     if not number(told["data"].get("characters")):
         raise ValueError("its data set has no number of characters")
     told["data"]["name"] = printable(name).replace("\n", " ")[:200]
-    if not number(told["step"]) or not number(told["validation_loss"] or 0):
+    if not 0 <= told["step"] < 1e15 or not number(told["validation_loss"] or 0):
         raise ValueError("its step or validation_loss is out of range")
+    before = 0
     for row in told["history"]:
-        if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)):
-            raise ValueError("its history is not made of step, training loss and validation loss")
+        if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)) or not before < row[0]:
+            raise ValueError("its history is not made of step, training loss and validation loss, in order")
+        before = row[0]
     return Story(**told)
 
 

@@ -127,9 +127,7 @@ def main() -> None:
             ours, theirs = trainer(text, block, batch, 10_000), plain_transformers(text, block, batch)
             peer, _ = nanogpt(options.nanogpt, block, batch, options.steps + 10)
             rounds.append((median_ms(ours.update, options.steps), peer, median_ms(theirs, options.steps)))
-        print(
-            f"\n{batch} x {block} characters a step, {options.rounds} rounds: median ms a step, characters/s, times ours"
-        )
+        print(f"\n{batch} x {block} characters a step, {options.rounds} rounds: median ms, characters/s, times our ms")
         for i, name in enumerate(("Anexa", "nanoGPT", "transformers")):
             ms = statistics.median(r[i] for r in rounds)
             ratio = statistics.median(r[i] / r[0] for r in rounds)
@@ -137,10 +135,7 @@ def main() -> None:
             figures[f"{name} {batch}x{block}"] = dict(ms=ms, ratio=ratio)
     ours, loss = seconds_to(text, options.target, options.our_steps)
     _, peer = nanogpt(options.nanogpt, 64, 12, 2000)
-    print(
-        f"\nto a validation loss of {options.target}: Anexa {ours:.1f} s (loss {loss:.4f} in {options.our_steps} steps),",
-        end=" ",
-    )
+    print(f"\nto a loss of {options.target}: Anexa {ours:.1f} s ({loss:.4f} in {options.our_steps} steps),", end=" ")
     print(f"nanoGPT's command {peer:.1f} s: {peer / ours:.1f} x")
     figures["to target"] = dict(anexa=ours, loss=loss, nanogpt=peer)
     if options.json:
