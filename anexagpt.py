@@ -8,6 +8,8 @@
 #     "requests==2.34.2",
 #     "rich==15.0.0",
 #     "filelock==4.2.11",
+#     "numpy==2.2.6; python_version < '3.11'",
+#     "numpy==2.4.6; python_version >= '3.11'",
 #     "prompt_toolkit==3.0.53",
 # ]
 # ///
@@ -415,7 +417,7 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
     raises  UserError if the bytes are not text in that encoding
     """
     try:
-        text = raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+        text = raw.decode(encoding).removeprefix("\ufeff")
         text.encode()  # some encodings can spell surrogates, which are not characters
     except LookupError:
         raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
@@ -441,9 +443,11 @@ def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float
     raises    DownloadError saying why not
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    # One retry where nobody answers: without a network that must not take long.
+    # One more try where nobody answers: without a network that must not take long.
     again = (429, 500, 502, 503, 504)
-    retry = urllib3.Retry(3, connect=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False)
+    retry = urllib3.Retry(
+        3, connect=1, read=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False
+    )
     start = time.monotonic()
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
@@ -458,7 +462,8 @@ def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float
                 size = answer.headers.get("Content-Length", "")
                 size = int(size) if size.isdigit() and "Content-Encoding" not in answer.headers else None
                 with progress(f"Downloading {path.name}", size) as advance:
-                    for chunk in answer.iter_content(1 << 16):
+                    # What has arrived, however little: to wait for a whole block would hide a server that drips.
+                    while chunk := answer.raw.read1(1 << 16, decode_content=True):
                         advance(file.write(chunk))
                         if file.tell() > MAX_DOWNLOAD:
                             raise DownloadError(f"the answer is longer than {MAX_DOWNLOAD >> 30} GiB")
@@ -503,7 +508,7 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
     else:
         mirrors, ending = (name,), b""
         stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
-        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{stem}"
+        path = folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
 
     def accept(raw: bytes) -> bool:
         if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
@@ -518,7 +523,7 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
             fetch(url, path, accept)
             return path.read_bytes()
         except DownloadError as error:
-            reasons.append(f"{urllib3.util.parse_url(url).host}: {error}")
+            reasons.append(f"{url.split('/')[2]}: {error}")
     raise DownloadError("; ".join(dict.fromkeys(reasons)))
 
 
@@ -927,7 +932,7 @@ def parse_story(metadata: dict[str, str]) -> Story:
         raise ValueError("its data set has no name or no sha256")
     if not number(told["data"].get("characters")):
         raise ValueError("its data set has no number of characters")
-    told["data"]["name"] = printable(name).replace("\n", " ")[:200]
+    told["data"]["name"] = printable(name).replace("\n", " ")
     if not 0 <= told["step"] < 1e15 or not number(told["validation_loss"] or 0):
         raise ValueError("its step or validation_loss is out of range")
     before = 0
@@ -1042,11 +1047,10 @@ def evaluate(model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32) -> tup
     whole = (len(ids) - 1) // T * T
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     batches = list(zip(ids[:whole].view(-1, T).split(rows), ids[1 : whole + 1].view(-1, T).split(rows), strict=True))
-    if whole < len(ids) - 1:
-        batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
+    batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
     total, count = torch.zeros((), dtype=torch.float64 if ids.device.type != "mps" else torch.float32), 0
     total = total.to(ids.device)
-    for x, y in batches:
+    for x, y in ((x, y) for x, y in batches if len(y.flatten())):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(x)
         total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
@@ -1199,7 +1203,12 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], story: Story) -> None:
-        """Continue from a `state` and the story saved with it, as if there had been no interruption."""
+        """Continue from a `state` and the story saved with it, as if there had been no interruption.
+
+        raises  KeyError, RuntimeError, TypeError or ValueError if they are not those of such a training
+        """
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError("it has values that are not finite")
         self.step, self.history = story.step, story.history
         self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
@@ -1221,7 +1230,12 @@ class Trainer:
 
 
 def checkpoint_path(model: Path) -> Path:
-    """Where the state of the training of `model` is kept while it runs."""
+    """Where the state of the training of `model` is kept while it runs.
+
+    raises  UserError if `model` cannot be the name of a file
+    """
+    if not model.name or model.name == ".." or model.is_dir():
+        raise UserError(f"--out {model}: is a folder; name a file in it, as {model / MODEL}")
     return model.with_stem("checkpoint" if model.stem == "model" else f"{model.stem}-checkpoint")
 
 
@@ -1328,9 +1342,11 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
         except torch.OutOfMemoryError:
             B = cfg.batch_size
-            raise UserError(
-                f"--batch-size {B}: out of memory; try --grad-accum {cfg.grad_accum * 2} (same result)"
-            ) from None
+            parts = next((n for n in range(2 * cfg.grad_accum, B + 1) if B % n == 0), None)
+            cure = (
+                f"--grad-accum {parts}, which gives the same result" if parts else "a smaller --n-embd or --block-size"
+            )
+            raise UserError(f"--batch-size {B}: out of memory; try {cure}") from None
         finally:
             report.close()
 
@@ -2390,17 +2406,17 @@ def prepare_training(
     cfg = from_options(
         TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
     )
-    from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
+    config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
     corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
     tokenizer = Tokenizer.of(corpus.text)
     ids = tokenizer.encode(corpus.text)
-    config = from_options(GPTConfig, options, **(shape | dict(vocab_size=len(tokenizer))))
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
             f"--data {corpus.name}: {len(ids):,} characters, but training needs at least {need:,} (10 windows of "
             f"--block-size {config.block_size}); take a longer text or a smaller --block-size"
         )
+    config = replace(config, vocab_size=len(tokenizer))
     if cfg.batch_size is None:
         cfg = replace(cfg, batch_size=6 if device.type == "cpu" else 64)
     if config.dropout is None:
@@ -2426,7 +2442,7 @@ def train(options: argparse.Namespace) -> None:
                 raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
             try:
                 trainer.restore(safetensors.torch.load_file(checkpoint), before)
-            except (KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
                 reason = printable(str(error)).splitlines()[0]
                 raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
             say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
@@ -2461,6 +2477,7 @@ def train(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The whole story: train unless there is a finished model, then talk."""
+    sampling = replace(from_options(SampleConfig, options), seed=None)
     if options.restart or checkpoint_path(options.out).exists() or not options.out.exists():
         train(options)
     else:
@@ -2470,7 +2487,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"{options.out}: is a finished model with {difference}; {cure}")
         say(f"{options.out}: {story}")
     model, tokenizer, story = load_model(options.out, choose_device(from_options(DeviceConfig, options))[0])
-    chat(model, tokenizer, story, replace(from_options(SampleConfig, options), seed=None))
+    chat(model, tokenizer, story, sampling)
 
 
 def opened(options: argparse.Namespace) -> tuple[tuple[GPT, Tokenizer, Story], torch.dtype]:
@@ -2481,9 +2498,9 @@ def opened(options: argparse.Namespace) -> tuple[tuple[GPT, Tokenizer, Story], t
 
 def talk(options: argparse.Namespace) -> None:
     """Talk to a saved model."""
-    loaded, _ = opened(options)
+    sampling, (loaded, _) = from_options(SampleConfig, options), opened(options)
     say(f"{options.model}: {loaded[2]}")
-    chat(*loaded, from_options(SampleConfig, options))
+    chat(*loaded, sampling)
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -19,10 +19,10 @@ def test_schedule_by_hand():
     "max_steps, warmup, expected",
     [
         (1, 0, [1]),
-        (3, 0, [1, 2 / 3, 1 / 3]),
+        (3, 0, [1, (2 / 3) ** 1.5, (1 / 3) ** 1.5]),
         (2, 2, [1 / 2, 1]),
         (2, 8, [1 / 8, 2 / 8]),
-        (3, 1, [1, 1, 1 / 2]),
+        (3, 1, [1, 1, (1 / 2) ** 1.5]),
         (1, 100, [1 / 100]),
     ],
 )
@@ -151,5 +151,5 @@ def test_rates_reach_the_optimizers():
     it.muon = SimpleNamespace(step=lambda rate: seen.append((float(rate), float(it.adamw.param_groups[0]["lr"]))))
     for _ in range(4):
         it.update()
-    assert [rate for rate, _ in seen] == pytest.approx([0.5, 1, 1, 0.5])
-    assert [lr for _, lr in seen] == pytest.approx([0.004, 0.008, 0.008, 0.004])
+    assert [rate for rate, _ in seen] == pytest.approx([0.5, 1, 1, 0.5**1.5])
+    assert [lr for _, lr in seen] == pytest.approx([0.004, 0.008, 0.008, 0.008 * 0.5**1.5])

