@@ -1224,6 +1224,9 @@ class Trainer:
             names = [name for name in tensors if name.startswith(f"adamw.{i}.")]
             optimizer["state"][i] = {name.split(".")[2]: tensors[name] for name in names}
         self.adamw.load_state_dict(optimizer)
+        for weight, state in self.adamw.state.items() if self.step else ():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or state["step"].numel() != 1:
+                raise ValueError("its optimizer is that of another network")
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
