@@ -1285,7 +1285,7 @@ class Report:
             training = float(trainer.losses[max(measured, last - 50) : last].mean())
         characters = speed * cfg.batch_size * trainer.model.config.block_size
         step = f"step {last:>{len(str(cfg.max_steps))}}/{cfg.max_steps} train {training:.4f} val {validation:.4f}"
-        return step, f"{characters:9,.0f} char/s {left[0]:3}:{left[1]:02} left"
+        return step.replace("nan", "  -   "), f"{characters:9,.0f} char/s {left[0]:3}:{left[1]:02} left"
 
     def update(self) -> None:
         """Tell of a step, a few times a second at most."""
