@@ -164,6 +164,11 @@ class SampleConfig(Settings):
     stop: tuple[str, ...] = knob((), "stop before this text appears; may be given several times")
     seed: int | None = knob(None, "repeat the same random choices (default: new ones each time)", 0, 2**63 - 1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if "" in self.stop:
+            raise UserError("--stop '': would stop before the first character; give a text of one character or more")
+
 
 @dataclass(frozen=True)
 class DeviceConfig(Settings):
@@ -431,7 +436,10 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
     if (start := re.search(marker % "START", text)) and (end := re.search(marker % "END", text)):
-        text = text[start.end() : end.start()].strip() + "\n"
+        text = (
+            re.sub(r"\n\s*End of (?:the )?Project Gutenberg[^\n]*\s*$", "", text[start.end() : end.start()]).strip()
+            + "\n"
+        )
     return text
 
 
@@ -476,6 +484,8 @@ def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float
             os.replace(temporary, path)
         except requests.Timeout:
             raise DownloadError("no answer") from None
+        except requests.exceptions.RetryError:
+            raise DownloadError("the server is out of order or busy") from None
         except requests.ConnectionError:
             raise DownloadError("no connection, or it broke") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
@@ -1388,7 +1398,7 @@ def adjust(logits: Tensor, cfg: SampleConfig, seen: Tensor | None = None) -> Ten
         penalised = torch.where(logits < 0, logits * cfg.repetition_penalty, logits / cfg.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if cfg.temperature not in (0, 1):
-        logits = logits / cfg.temperature
+        logits = logits / max(cfg.temperature, 1e-6)  # below that only the likeliest is left anyway, or an overflow
     if 0 < cfg.top_k < logits.shape[-1]:
         kth = logits.topk(cfg.top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -166,7 +166,7 @@ def test_no_mirror_left(server, mirrors, monkeypatch, answer):
     monkeypatch.setattr(anexagpt, "MAX_DOWNLOAD", 300_000)
     mirrors("sherlock", server.page("/first", answer), server.page("/second", answer))
     text = complaint(load_corpus, "sherlock")
-    assert text.startswith("--data sherlock: could not be downloaded (127.0.0.1: ")
+    assert text.startswith("--data sherlock: could not be downloaded (127.0.0.1")
     assert files() == []
 
 
