@@ -2377,12 +2377,10 @@ def sole_training(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
         path.write_text(str(os.getpid()))
-    except filelock.Timeout:
-        raise UserError(
-            f"--out {out}: process {path.read_text()} is training it; wait for it or choose another"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--out {out}: {out.parent} cannot be written to ({error.strerror}); choose another") from None
+    except OSError as error:  # filelock's Timeout is one; it also says so where no file can be made
+        if isinstance(error, filelock.Timeout) and path.exists():
+            raise UserError(f"--out {out}: process {path.read_text()} is training it; wait or choose another") from None
+        raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another folder") from None
     try:
         yield
     finally:
