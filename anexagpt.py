@@ -213,7 +213,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest what was probably meant, and without guessing from abbreviations."""
 
     def __init__(self, **options):
-        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)  # noqa: E731
+        def formatter(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)
+
         super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message):
