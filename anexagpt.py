@@ -638,7 +638,8 @@ class Tokenizer:
 class Cache:
     """Keys and values of the positions read so far, so that one more character costs one position's arithmetic.
 
-    All shapes are fixed and `positions` lives on the device: on CUDA, a graph can record the reading of one character.
+    On a CPU it gives what has been read, elsewhere always all S positions and a mask: shapes that never change and
+    `positions` on the device let a CUDA graph record the reading of one character.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype=torch.float32):
@@ -651,32 +652,36 @@ class Cache:
     def take(self, T: int) -> None:
         """Make room for the next T positions."""
         self.positions = self.everywhere[self.length : self.length + T]
-        # Position t may look at itself and at what came before; what lies behind it has not been written yet.
-        self.mask = self.everywhere <= self.positions[:, None]  # (T, S)
         self.length += T
+        fixed = self.everywhere.device.type != "cpu"
+        self.given = len(self.everywhere) if fixed else self.length
+        # Position t may look at itself and at what came before; what lies behind it has not been written yet.
+        self.mask = self.everywhere <= self.positions[:, None] if fixed else None  # (T, S)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H, T, D) of the new positions; returns those of all positions (B, H, S, D)."""
-        self.keys[layer].index_copy_(2, self.positions, k)
-        self.values[layer].index_copy_(2, self.positions, v)
-        return self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        return keys[:, :, : self.given], values[:, :, : self.given]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Mix of the values v (B, H, S, D), for each query q (B, H, T, D) by its likeness to the keys k (B, H, S, D).
 
-    mask    (T, S), True where a query may look; None: query t may look at keys 0 to t
+    mask    (T, S), True where a query may look; None: the queries are the last T of the S positions, and each may look
+            at itself and back
     source  Vaswani et al. 2017, "Attention Is All You Need", equation 1
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # None only if S == T
     # PyTorch's fused kernel is several times slower than these lines for short contexts in bfloat16 on a CPU.
     (B, H, T, D), S = q.shape, k.shape[2]
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool).tril()
-    hidden = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     scores = (q * D**-0.5).reshape(B * H, T, D) @ k.reshape(B * H, S, D).mT  # (B * H, T, S)
-    scores += hidden  # in place: it is the largest tensor of all
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if mask is not None:  # in place: scores is the largest tensor of all
+        scores += torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, -1)).view(B, H, T, -1)
 
 
