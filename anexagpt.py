@@ -438,10 +438,8 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
     if (start := re.search(marker % "START", text)) and (end := re.search(marker % "END", text)):
-        text = (
-            re.sub(r"\n\s*End of (?:the )?Project Gutenberg[^\n]*\s*$", "", text[start.end() : end.start()]).strip()
-            + "\n"
-        )
+        book = text[start.end() : end.start()]
+        text = re.sub(r"\n\s*End of (?:the )?Project Gutenberg[^\n]*\s*$", "", book).strip() + "\n"
     return text
 
 
@@ -1067,7 +1065,9 @@ def evaluate(model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32) -> tup
     batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
     total, count = torch.zeros((), dtype=torch.float64 if ids.device.type != "mps" else torch.float32), 0
     total = total.to(ids.device)
-    for x, y in ((x, y) for x, y in batches if len(y.flatten())):
+    for x, y in batches:
+        if not y.numel():  # no whole window, or nothing after the last
+            continue
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(x)
         total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
@@ -1487,12 +1487,8 @@ def write(
                 if held[i].endswith(stop):
                     held[i], done[i] = held[i][: -len(stop)], True
                     break
-            waiting = (
-                0
-                if done[i]
-                else max((k for s in cfg.stop for k in range(1, len(s)) if held[i].endswith(s[:k])), default=0)
-            )
-            cut = len(held[i]) - waiting
+            begun = (k for stop in cfg.stop for k in range(1, len(stop)) if held[i].endswith(stop[:k]))
+            cut = len(held[i]) - (0 if done[i] else max(begun, default=0))
             pieces[i], held[i] = held[i][:cut], held[i][cut:]
         yield pieces
         if all(done):
