@@ -2269,12 +2269,21 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
                 f"or put the files among them with --force"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(exist_ok=True)  # by one that was killed, it is used again
+    try:
         for name, content in files.items():
-            (Path(temporary) / name).write_bytes(content)
+            with replacing(temporary / name) as file:
+                file.write(content)
         folder.mkdir(exist_ok=True)
+        # Without config.json nobody loads a folder: should we be killed on the way, not the files of two models.
+        (folder / "config.json").unlink(missing_ok=True)
+        for name in sorted(files, key="config.json".__eq__):
+            os.replace(temporary / name, folder / name)
+    finally:
         for name in files:
-            os.replace(Path(temporary) / name, folder / name)
+            (temporary / name).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
@@ -2315,6 +2324,8 @@ def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
         file.write_tensors_to_file()
         file.close()
         os.replace(temporary, path)
+    except OSError as error:  # NumPy's has neither number nor name
+        raise OSError(errno.ENOSPC, f"cannot be written ({error.strerror or error})", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2550,7 +2561,7 @@ def prepare_training(
         n = config.n_parameters()
         raise UserError(
             f"--n-layer {config.n_layer} --n-embd {config.n_embd}: out of memory; in training {n / 1e6:,.1f} M "
-            f"parameters need {16 * n / 2**30:,.1f} GiB and more; half of --n-embd needs a quarter, half of --n-layer half"
+            f"parameters need {16 * n / 2**30:,.1f} GiB and more; take half of --n-embd, which needs a quarter"
         ) from None
 
 
@@ -2609,9 +2620,12 @@ def train(options: argparse.Namespace) -> None:
         try:
             save_file(out, trainer.best, story())
         except UserError as error:  # no room, or the folder is gone: hours of work must not be
-            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
-            save_file(other, trainer.best, story())
-            raise UserError(f"{error}; this time the model is in {other}: move it from there") from None
+            kept = ""
+            with suppress(OSError, UserError):
+                other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+                save_file(other, trainer.best, story())
+                kept = f"; this time the model is in {other}: move it from there"
+            raise UserError(f"{error}{kept}") from None
         checkpoint.unlink(missing_ok=True)
         say(f"Model saved to {out}")
 
