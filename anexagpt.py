@@ -40,10 +40,12 @@ import inspect
 import json
 import math
 import os
+import queue
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 import unicodedata
@@ -491,58 +493,96 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
     return text
 
 
-def fetch(url: str, path: Path, accept: Callable[[bytes], bool], most: int = 0, patience: float = 30.0) -> None:
-    """Download `url` to `path`; the file appears whole or not at all.
+def receive(url: str, patience: float) -> Iterator[str | bytes]:
+    """What a server answers: first how long the text is, in the server's words, then the text as it arrives.
 
-    accept    whether the bytes are what was wanted
-    most      bytes that it may have (0: MAX_DOWNLOAD)
-    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
-    raises    DownloadError saying why not; UserError if `path` cannot be written
+    raises  DownloadError, or an exception of requests or urllib3
     """
-    most = most or MAX_DOWNLOAD
     # One more try where nobody answers: without a network that must not take long.
     again = (429, 500, 502, 503, 504)
     retry = urllib3.Retry(
         3, connect=1, read=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False
     )
-    start = time.monotonic()
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.headers["Accept-Encoding"] = "identity"  # a few compressed bytes can become more than the memory holds
+        with session.get(url, stream=True, timeout=(10, patience)) as answer:
+            if answer.status_code != 200:
+                raise DownloadError(f"the server answered {answer.status_code} {printable(answer.reason)[:50]}")
+            if "html" in answer.headers.get("Content-Type", ""):
+                raise DownloadError("the server sent a web page, not a text")
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise DownloadError("the server compressed the text, which nobody asked for")
+            yield answer.headers.get("Content-Length", "")
+            # What has arrived, however little: to wait for a whole block would hide a server that drips.
+            while piece := answer.raw.read1(1 << 16):
+                yield piece
+
+
+def hurried(pieces: Iterator[str | bytes], patience: float) -> Iterator[str | bytes]:
+    """`pieces` as they come, from a thread that is left alone when it is too slow: the time-outs of sockets begin anew
+    with each byte.
+
+    raises  DownloadError after `patience` seconds and one more for every 5 kB
+    """
+    arrived, size, start = queue.Queue(8), 0, time.monotonic()
+
+    def work():
         try:
-            with session.get(url, stream=True, timeout=(10, patience)) as answer:
-                if answer.status_code != 200:
-                    raise DownloadError(f"the server answered {answer.status_code} {answer.reason}")
-                if "html" in answer.headers.get("Content-Type", ""):
-                    raise DownloadError("the server sent a web page, not a text")
-                if answer.headers.get("Content-Encoding", "identity") != "identity":
-                    raise DownloadError("the server compressed the text, which nobody asked for")
-                size = answer.headers.get("Content-Length", "")
-                size = int(size) if re.fullmatch("[0-9]{1,18}", size) else None
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as file, progress(f"Downloading {path.name}", size) as advance:
-                    # What has arrived, however little: to wait for a whole block would hide a server that drips.
-                    while chunk := answer.raw.read1(1 << 16):
-                        advance(file.write(chunk))
-                        if file.tell() > most:
-                            raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
-                        if time.monotonic() - start > patience + file.tell() / 5_000:
-                            raise DownloadError("the server sends less than 5 kB/s")
-                    file.flush()
-                    if not accept(Path(file.name).read_bytes()):
-                        raise DownloadError("what the server sent is not that text, or not all of it")
-        except requests.Timeout:
-            raise DownloadError("no answer") from None
-        except requests.exceptions.RetryError:
-            raise DownloadError("the server is out of order or busy") from None
-        except requests.ConnectionError:
-            raise DownloadError("no connection, or it broke") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-            raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
+            for piece in pieces:
+                arrived.put(piece)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        try:
+            piece = arrived.get(timeout=max(0, start + patience + size / 5_000 - time.monotonic()))
+        except queue.Empty:
+            raise DownloadError("the server sends less than 5 kB/s" if size else "no answer") from None
+        if piece is None:
+            return
+        if isinstance(piece, Exception):
+            raise piece
+        size += len(piece)
+        yield piece
+
+
+def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
+    """Download `url` to `path`; the file appears whole or not at all.
+
+    accept    whether what a file holds is what was wanted
+    most      bytes that it may have (0: MAX_DOWNLOAD)
+    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
+    raises    DownloadError saying why not; UserError if `path` cannot be written
+    """
+    most = most or MAX_DOWNLOAD
+    try:
+        pieces = hurried(receive(url, patience), patience)
+        length = next(pieces)
+        length = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file, progress(f"Downloading {path.name}", length) as advance:
+            for piece in pieces:
+                advance(file.write(piece))
+                if file.tell() > most:
+                    raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
+            file.flush()
+            if not accept(Path(file.name)):
+                raise DownloadError("what the server sent is not that text, or not all of it")
+    except requests.Timeout:
+        raise DownloadError("no answer") from None
+    except requests.exceptions.RetryError:
+        raise DownloadError("the server is out of order or busy") from None
+    except requests.ConnectionError:
+        raise DownloadError("no connection, or it broke") from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+        raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
 
 
 @contextmanager
@@ -574,7 +614,9 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
     source, path = SOURCES.get(name), copy_of(name, folder)
     mirrors, most = (source.mirrors, min(1 << 24, MAX_DOWNLOAD)) if source else ((name,), MAX_DOWNLOAD)
 
-    def accept(raw: bytes) -> bool:
+    def accept(path: Path) -> bool:
+        with open(path, "rb") as file:
+            raw = file.read(-1 if source else 200)
         if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
             return False
         try:  # lines break elsewhere in every edition
@@ -583,8 +625,8 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
             return False
 
     sweep(path)
-    if path.exists() and accept(raw := path.read_bytes()):
-        return raw
+    if path.exists() and accept(path):
+        return path.read_bytes()
     reasons = []
     for url in mirrors * 2:  # the second time round for connections that broke half-way
         try:

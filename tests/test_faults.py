@@ -565,8 +565,9 @@ def test_memory_that_really_ends(cli):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
 
-    long = [*OPTIONS, "--block-size", 256, "--n-embd", 64, "--batch-size", 6000, "--restart"]
-    last_line(apart("train", *long, prepare=limit), "--batch-size 6000", "out of memory", "--grad-accum 2")
+    Path("prose.txt").write_text(prose(20_000))
+    large = [*OPTIONS, "--block-size", 256, "--n-embd", 256, "--batch-size", 600, "--restart"]
+    last_line(apart("train", *large, prepare=limit), "--batch-size 600: out of memory", "--grad-accum 2")
     assert Path("model.safetensors").read_bytes() == before and names() == {"prose.txt", "model.safetensors"}
 
 
