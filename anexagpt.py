@@ -32,10 +32,12 @@ D = C / H channels of a head, S positions that can be looked at, V vocabulary (v
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -277,8 +279,9 @@ ARGUMENTS = (
         "run train eval",
         "--data",
         dict(
+            nargs="+",
             metavar="TEXT",
-            help=f"{', '.join(TEXTS)}, a file, or a http(s) address (default: sherlock; eval: the model's)",
+            help=f"{', '.join(TEXTS)}, files, folders of *.txt, addresses (default: sherlock; eval: the model's)",
         ),
     ),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text (default: utf-8)")),
@@ -312,6 +315,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         parser = known.get(options.command, top)
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
         parser.error(f"{unknown[0]} is not an option of it" + (f"; did you mean {near[0]}?" if near else ""))
+    if getattr(options, "data", None):
+        options.data = " + ".join(options.data)  # one name for all, which a model file keeps
     return options
 
 
@@ -367,7 +372,7 @@ def printable(text: str) -> str:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-# From a name, a file or an address to one long str.
+# From names, files, folders and addresses to text: as pieces of str, so that it may be longer than the memory.
 
 
 @dataclass(frozen=True)
@@ -400,53 +405,74 @@ SOURCES = {
 }
 FALLBACK = "python-docs"  # the language reference that every CPython carries
 MAX_DOWNLOAD = 2 << 30  # bytes
+PIECE = 1 << 20  # bytes of a text that are read at once
+LONG = 32 << 20  # bytes from which on a text's ids are kept in a file: shorter ones are read in half a second
 
 
 class DownloadError(Exception):
     """Why one address did not give a text."""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text to learn from, or to be measured on."""
-
-    name: str
-    text: str
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+def edges(file: typing.BinaryIO) -> tuple[bytes, bytes]:
+    """The first and the last 64 kB of a file, which then stands at its end."""
+    head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - (1 << 16)))
+    return head, file.read()
 
 
-def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
-    r"""The text in `raw` with \n line ends, without byte order mark and Project Gutenberg's licence around the book.
+def inside(file: typing.BinaryIO) -> tuple[int, int]:
+    """Where the text of a file begins and ends, in bytes: Project Gutenberg's licence is not part of a book."""
+    head, tail = edges(file)
+    marker = rb"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
+    start, ends = re.search(marker % b"START" + rb"\s*", head), [*re.finditer(marker % b"END", tail)]
+    if not (start and ends):
+        return 0, file.tell()
+    text = tail[: ends[-1].start()].rstrip()
+    last = text.rpartition(b"\n")[2]
+    if re.match(rb"\s*End of (?:the )?Project Gutenberg", last):
+        text = text.removesuffix(last).rstrip()
+    return start.end(), file.tell() - len(tail) + len(text)
 
-    raises  UserError if the bytes are not text in that encoding
+
+def read_text(
+    source: Path | bytes, encoding: str = "utf-8", advance: Callable[[int], object] = lambda n: None
+) -> Iterator[str]:
+    r"""The text of a file in pieces, with \n line ends, without byte order mark and Project Gutenberg's licence.
+
+    advance  is told the number of bytes that each piece was made of
+    raises   UserError if the bytes are not text in that encoding
     """
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff")
-        text.encode()  # some encodings can spell surrogates, which are not characters
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            "".encode(encoding)  # complains of codecs that are not for text
+            decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+            first, last = inside(file)
+            whole = last == file.tell()
+            file.seek(first)
+            for at in range(first, last, PIECE):
+                raw = file.read(min(PIECE, last - at))
+                text = decoder.decode(raw, final=at + PIECE >= last)
+                if not text.isascii():
+                    text.encode()  # some encodings can spell surrogates, which are not characters
+                yield text if at else text.removeprefix("\ufeff")
+                advance(len(raw))
+            yield "" if whole else "\n"
     except LookupError:
         raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
     except UnicodeDecodeError as error:
+        wrong, at = error.object[error.start], at + len(raw) - len(error.object) + error.start
         raise UserError(
-            f"{name}: not {encoding} text, byte {raw[error.start]:#04x} at offset {error.start:,} does not fit; "
+            f"{source}: not {encoding} text, byte {wrong:#04x} at offset {at:,} does not fit; "
             f"give its encoding with --encoding, often cp1252, latin-1 or utf-16"
         ) from None
     except UnicodeError as error:
-        raise UserError(f"{name}: not {encoding} text ({error}); give its encoding with --encoding") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
-    if (start := re.search(marker % "START", text)) and (end := re.search(marker % "END", text)):
-        book = text[start.end() : end.start()]
-        text = re.sub(r"\n\s*End of (?:the )?Project Gutenberg[^\n]*\s*$", "", book).strip() + "\n"
-    return text
+        raise UserError(f"{source}: not {encoding} text ({error}); give its encoding with --encoding") from None
 
 
-def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float = 30.0) -> None:
+def fetch(url: str, path: Path, accept: Callable[[Path], bool], patience: float = 30.0) -> None:
     """Download `url` to `path`; the file appears whole or not at all.
 
-    accept    whether the bytes are what was wanted
+    accept    whether what a file holds is what was wanted
     patience  seconds without an answer, or below 5 kB/s, after which the address is given up
     raises    DownloadError saying why not
     """
@@ -479,7 +505,7 @@ def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float
                             raise DownloadError("the server sends less than 5 kB/s")
                 file.flush()
                 os.fsync(file.fileno())
-            if not accept(temporary.read_bytes()):
+            if not accept(temporary):
                 raise DownloadError("what the server sent is not that text, or not all of it")
             os.replace(temporary, path)
         except requests.Timeout:
@@ -507,8 +533,14 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
-def download(name: str, folder: Path = Path("data")) -> bytes:
-    """The bytes of a built-in text or of an address, from the copy in `folder` or, the first time, from the network.
+def file_name(name: str) -> str:
+    """A file's name for what is called `name`, another one for each and without strange characters."""
+    stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
+    return f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
+
+
+def download(name: str, folder: Path = Path("data")) -> Path:
+    """The copy in `folder` of a built-in text or of what is at an address, the first time fetched from the network.
 
     raises  DownloadError if no mirror gives it
     """
@@ -517,21 +549,22 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
         ending = source.ending.encode()
     else:
         mirrors, ending = (name,), b""
-        stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
-        path = folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
+        path = folder / file_name(name)
 
-    def accept(raw: bytes) -> bool:
-        if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
+    def accept(path: Path) -> bool:
+        with open(path, "rb") as file:
+            head, tail = edges(file)
+        if head[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not head:
             return False
-        return ending in b" ".join(raw.split())  # lines break elsewhere in every edition
+        return ending in b" ".join(tail.split())  # lines break elsewhere in every edition
 
-    if path.exists() and accept(raw := path.read_bytes()):
-        return raw
+    if path.exists() and accept(path):
+        return path
     reasons = []
     for url in mirrors * 2:  # the second time round for connections that broke half-way
         try:
             fetch(url, path, accept)
-            return path.read_bytes()
+            return path
         except DownloadError as error:
             reasons.append(f"{url.split('/')[2]}: {error}")
     raise DownloadError("; ".join(dict.fromkeys(reasons)))
@@ -544,27 +577,35 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
-    """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
+def find_texts(name: str) -> list[Path | bytes]:
+    """The files, or the bytes themselves, that one name stands for: a text known or at an address, a file, a folder.
 
-    raises  UserError if there is no such text
+    raises  DownloadError, or UserError if there is no such text
     """
-    name = data or "sherlock"
-    try:
-        if name == FALLBACK:
-            return Corpus(name, python_docs())
-        if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
-            return Corpus(name, prepare(download(name), name, encoding))
-        return Corpus(name, prepare(Path(name).read_bytes(), name, encoding))
-    except DownloadError as error:
-        if data is None:
-            say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
-            say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
-            return load_corpus(FALLBACK)
-        raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
-    except FileNotFoundError:
+    if name == FALLBACK:
+        return [python_docs().encode()]
+    if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
+        return [download(name)]
+    path = Path(name)
+    if not path.exists():
         texts = ", ".join((*SOURCES, FALLBACK))
-        raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling") from None
+        raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob("*.txt") if file.is_file() and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"--data {name}: a folder without a file *.txt; name files, or another folder")
+    return files
+
+
+def read_texts(sources: list[Path | bytes], encoding: str, advance=lambda n: None) -> Iterator[str]:
+    """The pieces of several texts, one after another, each beginning on a new line; otherwise as `read_text`."""
+    last = "\n"
+    for source in sources:
+        yield "" if last.endswith("\n") else "\n"
+        for piece in read_text(source, encoding if isinstance(source, Path) else "utf-8", advance):
+            yield piece
+            last = piece or last
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -572,6 +613,13 @@ def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
 
 UNKNOWN = "\ufffd"  # id 0: stands for every character that the text did not have, and is never written
 EQUIVALENTS = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2015\u2212", "'''\"\"\"----")
+IDS = {torch.uint8: 1 << 8, torch.uint16: 1 << 16, torch.int32: 1 << 31}  # and how many different ones each can hold
+
+
+def code_points(text: str) -> Tensor:
+    """Unicode's numbers of the characters, (N,), int32."""
+    points = bytearray(text.encode("utf-32-le", "surrogatepass"))
+    return torch.frombuffer(points, dtype=torch.int32) if points else torch.empty(0, dtype=torch.int32)
 
 
 class Tokenizer:
@@ -579,25 +627,22 @@ class Tokenizer:
 
     def __init__(self, characters: str):
         self.characters = characters
-        points = torch.tensor([ord(c) for c in characters])
-        # One byte an id where that is enough: the text stays small, also on the GPU.
-        self.table = torch.zeros(0x110000, dtype=torch.uint8 if len(characters) <= 256 else torch.int32)
-        self.table[points] = torch.arange(len(characters), dtype=self.table.dtype)
+        # One or two bytes an id where that is enough: a long text stays small.
+        self.dtype = next(d for d, n in IDS.items() if len(characters) <= n)
+        self.table = torch.zeros(0x110000, dtype=torch.int32)
+        self.table[code_points(characters)] = torch.arange(len(characters), dtype=torch.int32)
 
     @classmethod
-    def of(cls, text: str) -> Tokenizer:
-        return cls(UNKNOWN + "".join(sorted(set(text) - {UNKNOWN})))
+    def of(cls, characters: Iterable[str]) -> Tokenizer:
+        return cls(UNKNOWN + "".join(sorted(set(characters) - {UNKNOWN})))
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """Ids (N,), uint8 if the vocabulary allows, else int32; 0 for characters that are not in the vocabulary."""
-        parts = [torch.empty(0, dtype=self.table.dtype)]
-        for start in range(0, len(text), 1 << 22):  # 16 MB of code points at a time
-            points = bytearray(text[start : start + (1 << 22)].encode("utf-32-le", "surrogatepass"))
-            parts.append(self.table.index_select(0, torch.frombuffer(points, dtype=torch.int32)))
-        return torch.cat(parts)
+        """Ids (N,), uint8 if the vocabulary allows, else uint16 or int32; 0 for characters that are not in it."""
+        parts = [text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20)] or [""]
+        return torch.cat([self.table[code_points(part)].to(self.dtype) for part in parts])
 
     def decode(self, ids: Tensor) -> str:
         """Text of ids (N,)."""
@@ -626,6 +671,107 @@ class Tokenizer:
         if dropped:
             notices.append(f"left out {' '.join(dropped)} (not in the model's {len(self) - 1} characters)")
         return text, "; ".join(notices)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text to learn from, or to be measured on."""
+
+    name: str
+    sha256: str  # of the text in UTF-8
+    tokenizer: Tokenizer
+    ids: Tensor  # (N,), in memory or, for a long text, in a file that is mapped into it
+
+    @property
+    def characters(self) -> int:
+        return len(self.ids)
+
+
+def survey(pieces: Iterable[str]) -> tuple[Tokenizer, str, int]:
+    """Tokenizer for a text, its SHA-256 and its length: what must be known before the first id can be written."""
+    seen, sha256, length = torch.zeros(0x110000, dtype=torch.bool), hashlib.sha256(), 0
+    for piece in pieces:
+        seen[code_points(piece)] = True
+        sha256.update(piece.encode())
+        length += len(piece)
+    return Tokenizer.of(map(chr, seen.nonzero()[:, 0].tolist())), sha256.hexdigest(), length
+
+
+def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
+    """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
+
+    A text is read twice, piece by piece: to find its characters, and to turn them into ids. A long one's ids go to a
+    file in data/, which the next call finds ready and maps into memory.
+    data    several names are joined by " + "
+    raises  UserError if there is no such text
+    """
+    name = data or "sherlock"
+    try:
+        parts = [name] if os.path.exists(name) else name.split(" + ")
+        sources = [source for part in parts for source in find_texts(part)]
+    except DownloadError as error:
+        if data is None:
+            say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
+            say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
+            return load_corpus(FALLBACK)
+        raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
+    if sum(path.stat().st_size for path in sources if isinstance(path, Path)) >= LONG:
+        return load_long(name, sources, encoding)
+    tokenizer, sha256, _ = survey(read_texts(sources, encoding))
+    ids = [tokenizer.encode(piece) for piece in read_texts(sources, encoding)]
+    return Corpus(name, sha256, tokenizer, torch.cat(ids))
+
+
+def load_long(name: str, sources: list[Path | bytes], encoding: str, folder: Path = Path("data")) -> Corpus:
+    """The corpus of a long text from its file of ids in `folder`, which is written first if need be.
+
+    The file is a safetensors file that tells from what it was made: names, sizes and times of change. To compare the
+    text itself, as its SHA-256, would take seconds for every GB at each start. Of several processes one writes.
+    raises  UserError if the text cannot be read or the file not be written
+    """
+
+    def origin() -> str:
+        about = [(str(path), path.stat()) for path in sources if isinstance(path, Path)]
+        return json.dumps([__version__, encoding, [(path, it.st_size, it.st_mtime_ns) for path, it in about]])
+
+    def ready() -> Corpus | None:
+        with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            if told.get("origin") == made_of:
+                return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
+
+    path, made_of = folder / f"{file_name(name)}.ids", origin()
+    if corpus := ready():
+        return corpus
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock"):
+            if corpus := ready():
+                return corpus
+            for left in folder.glob(".*.ids.tmp"):  # by a run that was killed
+                left.unlink()
+            size = sum(path.stat().st_size for path in sources if isinstance(path, Path))
+            with progress(f"Preparing {name}", 2 * size) as advance, open(temporary, "wb") as file:
+                tokenizer, sha256, length = survey(read_texts(sources, encoding, advance))
+                told = dict(origin=made_of, sha256=sha256, characters=tokenizer.characters)
+                kind = {torch.uint8: "U8", torch.uint16: "U16", torch.int32: "I32"}[tokenizer.dtype]
+                ids = dict(dtype=kind, shape=[length], data_offsets=[0, length * tokenizer.dtype.itemsize])
+                header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
+                header += b" " * (-len(header) % 8)
+                file.write(len(header).to_bytes(8, "little") + header)
+                for piece in read_texts(sources, encoding, advance):
+                    file.write(tokenizer.encode(piece).numpy())
+                file.flush()
+                os.fsync(file.fileno())
+            if origin() != made_of:
+                raise UserError(f"--data {name}: has changed while it was read; start again when it is complete")
+            os.replace(temporary, path)
+            return ready()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or work in another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -1867,7 +2013,7 @@ class Session:
 
     def do_read(self, file) -> None:
         """Continue the text in a file."""
-        self.answer(prepare(file.read_bytes(), str(file)).removesuffix("\n"), echo=200)
+        self.answer("".join(read_text(file)).removesuffix("\n"), echo=200)
 
     def do_model(self, file) -> None:
         """Talk to another model; /regen asks it the last prompt."""
@@ -2422,8 +2568,7 @@ def prepare_training(
     )
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
     corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
-    tokenizer = Tokenizer.of(corpus.text)
-    ids = tokenizer.encode(corpus.text)
+    tokenizer, ids = corpus.tokenizer, corpus.ids
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -2559,9 +2704,12 @@ def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
     (model, tokenizer, story), dtype = opened(options)
     corpus = load_corpus(options.data or story.data["name"], options.encoding)
-    ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
     if corpus.sha256 == story.data["sha256"]:
-        ids, part = split(ids)[1], "validation part"
+        ids, part = split(corpus.ids)[1], "validation part"
+    else:  # the model may have other ids for the characters than the text has
+        spelt, part = tokenizer.encode(corpus.tokenizer.characters), "whole text"
+        ids = torch.cat([spelt[piece.int()] for piece in corpus.ids.split(1 << 20)])
+    ids = ids.to(model.wte.weight.device)
     unknown = int((ids == 0).sum())
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
