@@ -331,6 +331,7 @@ if __name__ == "__main__":
     OPTIONS = parse_options(sys.argv[1:])
 
 import filelock
+import numpy as np
 import prompt_toolkit
 import prompt_toolkit.history
 import requests
@@ -405,7 +406,7 @@ SOURCES = {
 }
 FALLBACK = "python-docs"  # the language reference that every CPython carries
 MAX_DOWNLOAD = 2 << 30  # bytes
-PIECE = 1 << 20  # bytes of a text that are read at once
+PIECE = 1 << 16  # bytes of a text that are read at once; more would not fit into the processor's cache
 LONG = 32 << 20  # bytes from which on a text's ids are kept in a file: shorter ones are read in half a second
 
 
@@ -613,13 +614,11 @@ def read_texts(sources: list[Path | bytes], encoding: str, advance=lambda n: Non
 
 UNKNOWN = "\ufffd"  # id 0: stands for every character that the text did not have, and is never written
 EQUIVALENTS = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2015\u2212", "'''\"\"\"----")
-IDS = {torch.uint8: 1 << 8, torch.uint16: 1 << 16, torch.int32: 1 << 31}  # and how many different ones each can hold
 
 
-def code_points(text: str) -> Tensor:
-    """Unicode's numbers of the characters, (N,), int32."""
-    points = bytearray(text.encode("utf-32-le", "surrogatepass"))
-    return torch.frombuffer(points, dtype=torch.int32) if points else torch.empty(0, dtype=torch.int32)
+def code_points(text: str) -> np.ndarray:
+    """Unicode's numbers of the characters (N,)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<i4")
 
 
 class Tokenizer:
@@ -628,9 +627,9 @@ class Tokenizer:
     def __init__(self, characters: str):
         self.characters = characters
         # One or two bytes an id where that is enough: a long text stays small.
-        self.dtype = next(d for d, n in IDS.items() if len(characters) <= n)
-        self.table = torch.zeros(0x110000, dtype=torch.int32)
-        self.table[code_points(characters)] = torch.arange(len(characters), dtype=torch.int32)
+        n = len(characters)
+        self.table = np.zeros(0x110000, np.uint8 if n <= 1 << 8 else np.uint16 if n <= 1 << 16 else np.int32)
+        self.table[code_points(characters)] = np.arange(n)
 
     @classmethod
     def of(cls, characters: Iterable[str]) -> Tokenizer:
@@ -641,8 +640,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Ids (N,), uint8 if the vocabulary allows, else uint16 or int32; 0 for characters that are not in it."""
-        parts = [text[at : at + (1 << 20)] for at in range(0, len(text), 1 << 20)] or [""]
-        return torch.cat([self.table[code_points(part)].to(self.dtype) for part in parts])
+        return torch.from_numpy(self.table.take(code_points(text)))
 
     def decode(self, ids: Tensor) -> str:
         """Text of ids (N,)."""
@@ -689,12 +687,13 @@ class Corpus:
 
 def survey(pieces: Iterable[str]) -> tuple[Tokenizer, str, int]:
     """Tokenizer for a text, its SHA-256 and its length: what must be known before the first id can be written."""
-    seen, sha256, length = torch.zeros(0x110000, dtype=torch.bool), hashlib.sha256(), 0
+    seen, sha256, length = np.zeros(0x110000, bool), hashlib.sha256(), 0
     for piece in pieces:
-        seen[code_points(piece)] = True
+        points = code_points(piece)
+        seen[points[~seen.take(points)]] = True  # only the new ones: to write is slower than to look
         sha256.update(piece.encode())
         length += len(piece)
-    return Tokenizer.of(map(chr, seen.nonzero()[:, 0].tolist())), sha256.hexdigest(), length
+    return Tokenizer.of(map(chr, seen.nonzero()[0])), sha256.hexdigest(), length
 
 
 def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
@@ -755,8 +754,8 @@ def load_long(name: str, sources: list[Path | bytes], encoding: str, folder: Pat
             with progress(f"Preparing {name}", 2 * size) as advance, open(temporary, "wb") as file:
                 tokenizer, sha256, length = survey(read_texts(sources, encoding, advance))
                 told = dict(origin=made_of, sha256=sha256, characters=tokenizer.characters)
-                kind = {torch.uint8: "U8", torch.uint16: "U16", torch.int32: "I32"}[tokenizer.dtype]
-                ids = dict(dtype=kind, shape=[length], data_offsets=[0, length * tokenizer.dtype.itemsize])
+                kind = {1: "U8", 2: "U16", 4: "I32"}[tokenizer.table.itemsize]
+                ids = dict(dtype=kind, shape=[length], data_offsets=[0, length * tokenizer.table.itemsize])
                 header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
                 header += b" " * (-len(header) % 8)
                 file.write(len(header).to_bytes(8, "little") + header)
