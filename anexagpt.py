@@ -425,23 +425,15 @@ def inside(file: typing.BinaryIO) -> tuple[int, int]:
     """Where the text of a file begins and ends, in bytes: Project Gutenberg's licence is not part of a book."""
     head, tail = edges(file)
     marker = rb"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
-    start, ends = re.search(marker % b"START" + rb"\s*", head), [*re.finditer(marker % b"END", tail)]
-    if not (start and ends):
-        return 0, file.tell()
-    text = tail[: ends[-1].start()].rstrip()
-    last = text.rpartition(b"\n")[2]
-    if re.match(rb"\s*End of (?:the )?Project Gutenberg", last):
-        text = text.removesuffix(last).rstrip()
-    return start.end(), file.tell() - len(tail) + len(text)
+    start = re.search(marker % b"START" + rb"\s*", head)
+    ends = [*re.finditer(rb"\s*(?:End of (?:the )?Project Gutenberg[^\n]*)?\s*" + marker % b"END", tail)]
+    return (start.end(), file.tell() - len(tail) + ends[-1].start()) if start and ends else (0, file.tell())
 
 
-def read_text(
-    source: Path | bytes, encoding: str = "utf-8", advance: Callable[[int], object] = lambda n: None
-) -> Iterator[str]:
+def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
     r"""The text of a file in pieces, with \n line ends, without byte order mark and Project Gutenberg's licence.
 
-    advance  is told the number of bytes that each piece was made of
-    raises   UserError if the bytes are not text in that encoding
+    raises  UserError if the bytes are not text in that encoding
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
@@ -456,7 +448,6 @@ def read_text(
                 if not text.isascii():
                     text.encode()  # some encodings can spell surrogates, which are not characters
                 yield text if at else text.removeprefix("\ufeff")
-                advance(len(raw))
             yield "" if whole else "\n"
     except LookupError:
         raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
@@ -599,12 +590,12 @@ def find_texts(name: str) -> list[Path | bytes]:
     return files
 
 
-def read_texts(sources: list[Path | bytes], encoding: str, advance=lambda n: None) -> Iterator[str]:
+def read_texts(sources: list[Path | bytes], encoding: str) -> Iterator[str]:
     """The pieces of several texts, one after another, each beginning on a new line; otherwise as `read_text`."""
     last = "\n"
     for source in sources:
         yield "" if last.endswith("\n") else "\n"
-        for piece in read_text(source, encoding if isinstance(source, Path) else "utf-8", advance):
+        for piece in read_text(source, encoding if isinstance(source, Path) else "utf-8"):
             yield piece
             last = piece or last
 
@@ -721,56 +712,51 @@ def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
     return Corpus(name, sha256, tokenizer, torch.cat(ids))
 
 
-def load_long(name: str, sources: list[Path | bytes], encoding: str, folder: Path = Path("data")) -> Corpus:
-    """The corpus of a long text from its file of ids in `folder`, which is written first if need be.
+def load_long(name: str, sources: list[Path | bytes], encoding: str) -> Corpus:
+    """The corpus of a long text from a file in data/, which is written first unless it is there; raises UserError.
 
-    The file is a safetensors file that tells from what it was made: names, sizes and times of change. To compare the
-    text itself, as its SHA-256, would take seconds for every GB at each start. Of several processes one writes.
-    raises  UserError if the text cannot be read or the file not be written
+    It is a safetensors file that tells sizes and times of change of what it was made of: to compare the text itself,
+    by its SHA-256, would take seconds for every GB at each start.
     """
-
-    def origin() -> str:
-        about = [(str(path), path.stat()) for path in sources if isinstance(path, Path)]
-        return json.dumps([__version__, encoding, [(path, it.st_size, it.st_mtime_ns) for path, it in about]])
-
-    def ready() -> Corpus | None:
+    files = [(str(path), path.stat()) for path in sources if isinstance(path, Path)]
+    origin = json.dumps([__version__, encoding, [(path, it.st_size, it.st_mtime_ns) for path, it in files]])
+    path = Path("data") / f"{file_name(name)}.ids"
+    path.parent.mkdir(exist_ok=True)
+    with filelock.FileLock(path.with_name(".lock")):  # of several processes one writes, the others wait
         with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
             told = file.metadata() or {}
-            if told.get("origin") == made_of:
+            if told.get("origin") == origin:
                 return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
-
-    path, made_of = folder / f"{file_name(name)}.ids", origin()
-    if corpus := ready():
-        return corpus
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):
-            if corpus := ready():
-                return corpus
-            for left in folder.glob(".*.ids.tmp"):  # by a run that was killed
-                left.unlink()
-            size = sum(path.stat().st_size for path in sources if isinstance(path, Path))
+        for left in path.parent.glob(".*.ids.tmp"):  # by a run that was killed
+            left.unlink()
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            size = sum(it.st_size for _, it in files)
             with progress(f"Preparing {name}", 2 * size) as advance, open(temporary, "wb") as file:
-                tokenizer, sha256, length = survey(read_texts(sources, encoding, advance))
-                told = dict(origin=made_of, sha256=sha256, characters=tokenizer.characters)
+
+                def pieces() -> Iterator[str]:
+                    for piece in read_texts(sources, encoding):
+                        advance(len(piece))
+                        yield piece
+
+                tokenizer, sha256, length = survey(pieces())
+                end = length * tokenizer.table.itemsize
                 kind = {1: "U8", 2: "U16", 4: "I32"}[tokenizer.table.itemsize]
-                ids = dict(dtype=kind, shape=[length], data_offsets=[0, length * tokenizer.table.itemsize])
+                told = dict(origin=origin, sha256=sha256, characters=tokenizer.characters)
+                ids = dict(dtype=kind, shape=[length], data_offsets=[0, end])
                 header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
                 header += b" " * (-len(header) % 8)
                 file.write(len(header).to_bytes(8, "little") + header)
-                for piece in read_texts(sources, encoding, advance):
-                    file.write(tokenizer.encode(piece).numpy())
+                if sum(file.write(tokenizer.encode(piece).numpy()) for piece in pieces()) != end:
+                    raise UserError(f"--data {name}: has changed while it was read; try again when it is complete")
                 file.flush()
                 os.fsync(file.fileno())
-            if origin() != made_of:
-                raise UserError(f"--data {name}: has changed while it was read; start again when it is complete")
             os.replace(temporary, path)
-            return ready()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or work in another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or change the folder") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return load_long(name, sources, encoding)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
