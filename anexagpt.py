@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import difflib
+import errno
 import hashlib
 import importlib
 import inspect
@@ -42,7 +43,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -360,7 +360,10 @@ if Version(torch.__version__) < Version("2.9"):
 
 def say(text: str = "") -> None:
     """Print a line for the person: to standard error, so that standard output holds generated text and nothing else."""
-    print(printable(text), file=sys.stderr, flush=True)
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def printable(text: str) -> str:
@@ -370,6 +373,51 @@ def printable(text: str) -> str:
         else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )  # fmt: skip
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`, half-written."""
+    for name in os.listdir(path.parent) if path.parent.is_dir() else ():
+        if not (part := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.tmp", name)):
+            continue
+        with suppress(OSError):
+            if os.name == "posix" and int(part[1]) != os.getpid():  # Windows removes nothing that is open
+                with suppress(ProcessLookupError):
+                    os.kill(int(part[1]), 0)
+                    continue  # it lives, and writes
+            (path.parent / name).unlink()
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[typing.BinaryIO]:
+    """A file to be written that takes the place of `path` when it is whole and on the disk; until then the old stays.
+
+    mode    the most that others may do with it; the old file's mode or the person's umask may allow less
+    """
+    sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if old := path.exists():
+        mode &= path.stat().st_mode
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is no ordinary file", str(path))  # /dev/null must stay what it is
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if old:
+            temporary.chmod(mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not tell which file it was
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        with suppress(OSError):  # the new name on the disk as well, or a power cut could bring back the old file
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -414,20 +462,15 @@ class DownloadError(Exception):
     """Why one address did not give a text."""
 
 
-def edges(file: typing.BinaryIO) -> tuple[bytes, bytes]:
-    """The first and the last 64 kB of a file, which then stands at its end."""
+def inside(file: typing.BinaryIO) -> tuple[int, int]:
+    """Where the text of a file begins and ends, in bytes; Project Gutenberg's licence, 20 kB, is not part of a book."""
     head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 16)))
-    return head, file.read()
-
-
-def inside(file: typing.BinaryIO) -> tuple[int, int]:
-    """Where the text of a file begins and ends, in bytes: Project Gutenberg's licence is not part of a book."""
-    head, tail = edges(file)
+    tail = file.read()
     marker = rb"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
     start = re.search(marker % b"START" + rb"\s*", head)
     ends = [*re.finditer(rb"\s*(?:End of (?:the )?Project Gutenberg[^\n]*)?\s*" + marker % b"END", tail)]
-    return (start.end(), file.tell() - len(tail) + ends[-1].start()) if start and ends else (0, file.tell())
+    return (start.end(), size - len(tail) + ends[-1].start()) if start and ends else (0, size)
 
 
 def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
@@ -461,14 +504,15 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
         raise UserError(f"{source}: not {encoding} text ({error}); give its encoding with --encoding") from None
 
 
-def fetch(url: str, path: Path, accept: Callable[[Path], bool], patience: float = 30.0) -> None:
+def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
     """Download `url` to `path`; the file appears whole or not at all.
 
-    accept    whether what a file holds is what was wanted
+    accept    whether a file holds what was wanted
+    most      bytes that it may have (0: MAX_DOWNLOAD)
     patience  seconds without an answer, or below 5 kB/s, after which the address is given up
-    raises    DownloadError saying why not
+    raises    DownloadError saying why not; UserError if `path` cannot be written
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    most = most or MAX_DOWNLOAD
     # One more try where nobody answers: without a network that must not take long.
     again = (429, 500, 502, 503, 504)
     retry = urllib3.Retry(
@@ -478,28 +522,29 @@ def fetch(url: str, path: Path, accept: Callable[[Path], bool], patience: float 
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+        session.headers["Accept-Encoding"] = "identity"  # a few compressed bytes can become more than the memory holds
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with session.get(url, stream=True, timeout=(10, patience)) as answer, open(temporary, "wb") as file:
+            with session.get(url, stream=True, timeout=(10, patience)) as answer:
                 if answer.status_code != 200:
                     raise DownloadError(f"the server answered {answer.status_code} {answer.reason}")
                 if "html" in answer.headers.get("Content-Type", ""):
                     raise DownloadError("the server sent a web page, not a text")
+                if answer.headers.get("Content-Encoding", "identity") != "identity":
+                    raise DownloadError("the server compressed the text, which nobody asked for")
                 size = answer.headers.get("Content-Length", "")
-                size = int(size) if size.isdigit() and "Content-Encoding" not in answer.headers else None
-                with progress(f"Downloading {path.name}", size) as advance:
+                size = int(size) if re.fullmatch("[0-9]{1,18}", size) else None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as file, progress(f"Downloading {path.name}", size) as advance:
                     # What has arrived, however little: to wait for a whole block would hide a server that drips.
-                    while chunk := answer.raw.read1(1 << 16, decode_content=True):
+                    while chunk := answer.raw.read1(1 << 16):
                         advance(file.write(chunk))
-                        if file.tell() > MAX_DOWNLOAD:
-                            raise DownloadError(f"the answer is longer than {MAX_DOWNLOAD >> 30} GiB")
+                        if file.tell() > most:
+                            raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
                         if time.monotonic() - start > patience + file.tell() / 5_000:
                             raise DownloadError("the server sends less than 5 kB/s")
-                file.flush()
-                os.fsync(file.fileno())
-            if not accept(temporary):
-                raise DownloadError("what the server sent is not that text, or not all of it")
-            os.replace(temporary, path)
+                    file.flush()
+                    if not accept(Path(file.name)):
+                        raise DownloadError("what the server sent is not that text, or not all of it")
         except requests.Timeout:
             raise DownloadError("no answer") from None
         except requests.exceptions.RetryError:
@@ -508,8 +553,9 @@ def fetch(url: str, path: Path, accept: Callable[[Path], bool], patience: float 
             raise DownloadError("no connection, or it broke") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
             raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
 
 
 @contextmanager
@@ -525,10 +571,12 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
-def file_name(name: str) -> str:
-    """A file's name for what is called `name`, another one for each and without strange characters."""
+def copy_of(name: str, folder: Path = Path("data")) -> Path:
+    """Where the copy of a built-in text or of an address is kept."""
+    if name in SOURCES:
+        return folder / f"{name}.txt"
     stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
-    return f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
+    return folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
 
 
 def download(name: str, folder: Path = Path("data")) -> Path:
@@ -536,26 +584,26 @@ def download(name: str, folder: Path = Path("data")) -> Path:
 
     raises  DownloadError if no mirror gives it
     """
-    if source := SOURCES.get(name):
-        mirrors, path = source.mirrors, folder / f"{name}.txt"
-        ending = source.ending.encode()
-    else:
-        mirrors, ending = (name,), b""
-        path = folder / file_name(name)
+    source, path = SOURCES.get(name), copy_of(name, folder)
+    mirrors, most = (source.mirrors, min(1 << 24, MAX_DOWNLOAD)) if source else ((name,), MAX_DOWNLOAD)
 
     def accept(path: Path) -> bool:
         with open(path, "rb") as file:
-            head, tail = edges(file)
-        if head[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not head:
+            head = file.read(200)
+        if head.lstrip().lower().startswith((b"<!doctype html", b"<html")) or not head:
             return False
-        return ending in b" ".join(tail.split())  # lines break elsewhere in every edition
+        try:  # lines break elsewhere in every edition
+            return not source or source.ending in " ".join(path.read_bytes().decode().split())
+        except UnicodeDecodeError:
+            return False
 
+    sweep(path)
     if path.exists() and accept(path):
         return path
     reasons = []
     for url in mirrors * 2:  # the second time round for connections that broke half-way
         try:
-            fetch(url, path, accept)
+            fetch(url, path, accept, most)
             return path
         except DownloadError as error:
             reasons.append(f"{url.split('/')[2]}: {error}")
@@ -569,33 +617,38 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def find_texts(name: str) -> list[Path | bytes]:
-    """The files, or the bytes themselves, that one name stands for: a text known or at an address, a file, a folder.
+def names_in(data: str) -> list[str]:
+    """The names that `--data A B` gave, which are kept as "A + B"."""
+    return [data] if os.path.exists(data) else data.split(" + ")
+
+
+def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
+    """Files (or bytes) and their encodings that one name stands for: a text known or at an address, a file, a folder.
 
     raises  DownloadError, or UserError if there is no such text
     """
     if name == FALLBACK:
-        return [python_docs().encode()]
+        return [(python_docs().encode(), "utf-8")]
     if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
-        return [download(name)]
+        return [(download(name), "utf-8" if name in SOURCES else encoding)]
     path = Path(name)
     if not path.exists():
         texts = ", ".join((*SOURCES, FALLBACK))
         raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling")
-    if not path.is_dir():
-        return [path]
+    if path.is_file():
+        return [(path, encoding)]
     files = sorted(file for file in path.glob("*.txt") if file.is_file() and not file.name.startswith("."))
     if not files:
-        raise UserError(f"--data {name}: a folder without a file *.txt; name files, or another folder")
-    return files
+        raise UserError(f"--data {name}: neither a file nor a folder with files *.txt; name such")
+    return [(file, encoding) for file in files]
 
 
-def read_texts(sources: list[Path | bytes], encoding: str) -> Iterator[str]:
+def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
     """The pieces of several texts, one after another, each beginning on a new line; otherwise as `read_text`."""
     last = "\n"
-    for source in sources:
+    for source, encoding in sources:
         yield "" if last.endswith("\n") else "\n"
-        for piece in read_text(source, encoding if isinstance(source, Path) else "utf-8"):
+        for piece in read_text(source, encoding):
             yield piece
             last = piece or last
 
@@ -697,66 +750,56 @@ def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
     """
     name = data or "sherlock"
     try:
-        parts = [name] if os.path.exists(name) else name.split(" + ")
-        sources = [source for part in parts for source in find_texts(part)]
+        sources = [source for part in names_in(name) for source in find_texts(part, encoding)]
     except DownloadError as error:
         if data is None:
             say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
             say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
             return load_corpus(FALLBACK)
         raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
-    if sum(path.stat().st_size for path in sources if isinstance(path, Path)) >= LONG:
-        return load_long(name, sources, encoding)
-    tokenizer, sha256, _ = survey(read_texts(sources, encoding))
-    ids = [tokenizer.encode(piece) for piece in read_texts(sources, encoding)]
-    return Corpus(name, sha256, tokenizer, torch.cat(ids))
+    if sum(path.stat().st_size for path, _ in sources if isinstance(path, Path)) >= LONG:
+        return load_long(name, sources)
+    tokenizer, sha256, _ = survey(read_texts(sources))
+    return Corpus(name, sha256, tokenizer, torch.cat([tokenizer.encode(piece) for piece in read_texts(sources)]))
 
 
-def load_long(name: str, sources: list[Path | bytes], encoding: str) -> Corpus:
+def load_long(name: str, sources: list[tuple[Path | bytes, str]]) -> Corpus:
     """The corpus of a long text from a file in data/, which is written first unless it is there; raises UserError.
 
     It is a safetensors file that tells sizes and times of change of what it was made of: to compare the text itself,
     by its SHA-256, would take seconds for every GB at each start.
     """
-    files = [(str(path), path.stat()) for path in sources if isinstance(path, Path)]
-    origin = json.dumps([__version__, encoding, [(path, it.st_size, it.st_mtime_ns) for path, it in files]])
-    path = Path("data") / f"{file_name(name)}.ids"
-    path.parent.mkdir(exist_ok=True)
-    with filelock.FileLock(path.with_name(".lock")):  # of several processes one writes, the others wait
-        with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-            if told.get("origin") == origin:
-                return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
-        for left in path.parent.glob(".*.ids.tmp"):  # by a run that was killed
-            left.unlink()
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            size = sum(it.st_size for _, it in files)
-            with progress(f"Preparing {name}", 2 * size) as advance, open(temporary, "wb") as file:
+    files = [(str(path), encoding, path.stat()) for path, encoding in sources if isinstance(path, Path)]
+    origin = json.dumps([__version__, [(*named, it.st_size, it.st_mtime_ns) for *named, it in files]])
+    path = Path(f"{copy_of(name)}.ids")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with filelock.FileLock(path.with_name(".lock")):  # of several processes one writes, the others wait
+            with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+                told = file.metadata() or {}
+                if told.get("origin") == origin:
+                    return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
+            size = sum(it.st_size for *_, it in files)
+            with progress(f"Preparing {name}", 2 * size) as advance, replacing(path) as file:
 
                 def pieces() -> Iterator[str]:
-                    for piece in read_texts(sources, encoding):
+                    for piece in read_texts(sources):
                         advance(len(piece))
                         yield piece
 
                 tokenizer, sha256, length = survey(pieces())
-                end = length * tokenizer.table.itemsize
-                kind = {1: "U8", 2: "U16", 4: "I32"}[tokenizer.table.itemsize]
                 told = dict(origin=origin, sha256=sha256, characters=tokenizer.characters)
+                kind, end = {1: "U8", 2: "U16", 4: "I32"}[tokenizer.table.itemsize], length * tokenizer.table.itemsize
                 ids = dict(dtype=kind, shape=[length], data_offsets=[0, end])
                 header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
                 header += b" " * (-len(header) % 8)
                 file.write(len(header).to_bytes(8, "little") + header)
                 if sum(file.write(tokenizer.encode(piece).numpy()) for piece in pieces()) != end:
                     raise UserError(f"--data {name}: has changed while it was read; try again when it is complete")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or change the folder") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-    return load_long(name, sources, encoding)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
+    return load_long(name, sources)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -1016,22 +1059,13 @@ class Story:
 
 def save_file(path: Path, tensors: dict[str, Tensor], story: Story) -> None:
     """Write tensors and story to `path`, which keeps its old content until the new one is safely on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    content = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, story.metadata())
     try:
-        content = safetensors.torch.save(
-            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, story.metadata()
-        )
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another --out") from None
 
 
 def parse_story(metadata: dict[str, str]) -> Story:
@@ -1083,7 +1117,12 @@ def parse_story(metadata: dict[str, str]) -> Story:
         raise ValueError("its step or validation_loss is out of range")
     before = 0
     for row in told["history"]:
-        if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)) or not before < row[0]:
+        if (
+            not isinstance(row, list)
+            or len(row) != 3
+            or not all(map(number, row))
+            or not before < row[0] == int(row[0])
+        ):
             raise ValueError("its history is not made of step, training loss and validation loss, in order")
         before = row[0]
     return Story(**told)
@@ -1095,6 +1134,8 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
     raises  UserError if there is no such file, or it is not whole, or not ours
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")  # to open a pipe would wait for a writer
         with safetensors.safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             story = parse_story(file.metadata() or {})
@@ -1137,7 +1178,12 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
         demand(
             shape == tuple(weight.shape) and dtype == "F32", f"{name} is {shape} {dtype}, not {tuple(weight.shape)} F32"
         )
-    weights = safetensors.torch.load_file(path, device=str(device))
+    try:
+        weights = safetensors.torch.load_file(path, device=str(device))
+    except (OSError, safetensors.SafetensorError):
+        weights = {}
+    shapes = {name: shape for name, (shape, _) in found.items()}
+    demand({name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "it has just changed")
     for name, weight in weights.items():
         demand(bool(weight.isfinite().all()), f"{name} has values that are not finite")
     if exported:
@@ -1230,6 +1276,10 @@ def default_dropout(passes: float) -> float:
     return 0.0 if passes < 4 else 0.05 if passes < 40 else 0.2
 
 
+class Diverged(UserError):
+    """The loss or a weight is no longer a number, and will never be one again."""
+
+
 class Trainer:
     """A model in training and everything that changes with it. One `update` after another, the rest reads or saves."""
 
@@ -1315,19 +1365,22 @@ class Trainer:
             say(f"NOTE: no CUDA graph on this device ({str(error).splitlines()[0]}); going on without, which is slower")
             self.eager_left = sys.maxsize
 
+    def diverged(self, loss: float) -> Diverged:
+        return Diverged(
+            f"the loss is {loss} at step {self.step:,}: the training has diverged; lower --muon-learning-rate "
+            f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate}), each to a third"
+        )
+
     def evaluate(self) -> None:
         """Measure both losses, note them in the history, and keep the weights if they are the best so far.
 
-        raises  UserError if the loss is no longer a number
+        raises  Diverged if the loss is no longer a number
         """
         since = self.history[-1][0] if self.history else 0
         training = float(self.losses[since : self.step].mean())
         validation, _ = evaluate(self.model, self.validation_ids, self.dtype)
         if not math.isfinite(training + validation):
-            raise UserError(
-                f"the loss is {training} at step {self.step:,}: the training has diverged; lower --muon-learning-rate "
-                f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate})"
-            )
+            raise self.diverged(training)
         self.history.append([self.step, round(training, 6), round(validation, 6)])
         if validation < self.best_loss:
             self.best_loss = validation
@@ -1357,6 +1410,9 @@ class Trainer:
         """
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError("it has values that are not finite")
+        measured = story.history[-1][0] if story.history else 0
+        if not measured <= story.step <= self.cfg.max_steps or (story.step == self.cfg.max_steps and not measured):
+            raise ValueError(f"it is at step {story.step:,}, measured at {measured:,}, of {self.cfg.max_steps:,}")
         self.step, self.history = story.step, story.history
         self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
@@ -1407,6 +1463,12 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch or Python had no memory left; on a CPU PyTorch tells it only in words, other ones on Windows."""
+    said = re.search("out of memory|can't allocate memory|not enough memory|bad_alloc", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
 
 
 class Report:
@@ -1468,7 +1530,7 @@ class Report:
 def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], Story]) -> None:
     """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave.
 
-    raises  KeyboardInterrupt, SystemExit or UserError
+    raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
     with interruptible() as caught:
@@ -1480,8 +1542,11 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.evaluation()
                 report.update()
                 if caught or time.monotonic() - saved > cfg.checkpoint_interval:
+                    state = trainer.state()
+                    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                        raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        save_file(checkpoint, trainer.state(), story())
+                        save_file(checkpoint, state, story())
                     except UserError as error:
                         if caught:
                             raise
@@ -1491,7 +1556,9 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             B = cfg.batch_size
             parts = next((n for n in range(2 * cfg.grad_accum, B + 1) if B % n == 0), None)
             cure = (
@@ -1614,7 +1681,7 @@ def write(
             if done[i]:
                 continue
             held[i] += c
-            for stop in cfg.stop:
+            for stop in sorted(cfg.stop, key=len, reverse=True):  # of several that end here, that which began first
                 if held[i].endswith(stop):
                     held[i], done[i] = held[i][: -len(stop)], True
                     break
@@ -1826,13 +1893,8 @@ class Turn(Settings):
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(text.encode(errors="replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, 0o600) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def read_talk(path: Path) -> tuple[list[Turn], ChatConfig]:
@@ -1872,7 +1934,9 @@ class Session:
         except TypeError:
             raise UserError(f"usage: {self.usage(name)}") from None
         if names == ["file"]:
-            arguments = [Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+            arguments = [path := Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+            if path.exists() and not path.is_file():  # a pipe would keep us waiting, /dev/zero would never end
+                raise UserError(f"{path}: is not a file; choose another")
         self.commands[name](*arguments)
 
     @staticmethod
@@ -2460,8 +2524,9 @@ class Recorder(Report):
             if header != self.COLUMNS:
                 raise UserError(f"--log {log}: exists and is not such a log; choose another name")
             kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= trainer.step]
-            self.log = open(log, "w", newline="\n")  # noqa: SIM115 (close() closes it)
-            self.log.writelines(f"{row}\n" for row in [header, *kept])
+            with replacing(log) as file:
+                file.write("".join(f"{row}\n" for row in [header, *kept]).encode())
+            self.log = open(log, "a", newline="\n")  # noqa: SIM115 (close() closes it)
         self.since = time.monotonic(), trainer.step
         super().__init__(trainer, sample, quiet)
 
@@ -2473,7 +2538,11 @@ class Recorder(Report):
         speed = (last - first) * cfg.batch_size * self.trainer.model.config.block_size / max(now - before, 1e-9)
         figures = training, validation, cfg.learning_rate * rate, cfg.muon_learning_rate * rate, round(speed)
         if self.log:
-            print(last, *(f"{figure:.6g}" for figure in figures), sep=",", file=self.log, flush=True)
+            try:
+                print(last, *(f"{figure:.6g}" for figure in figures), sep=",", file=self.log, flush=True)
+            except OSError as error:
+                say(f"NOTE: {self.log.name}: cannot be written ({error.strerror}); the training goes on without")
+                self.log = None
         if self.board:
             for name, figure in zip(self.COLUMNS.split(",")[1:], figures, strict=True):
                 self.board.add_scalar(name, figure, last)
@@ -2493,7 +2562,8 @@ class Recorder(Report):
 def conflict(options: argparse.Namespace, story: Story) -> str:
     """What the command line asks for that a file's story tells otherwise; "" if nothing."""
     told = asdict(story.config) | story.training | dict(data=story.data["name"])
-    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in ("device", "dtype")}
+    free = ("device", "dtype", "grad_accum", "checkpoint_interval")  # may change on the way: the result does not
+    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in free}
     wanted = (SIZES[options.size] if options.size else {}) | given
     return ", ".join(
         f"--{name.replace('_', '-')} {told[name]}, not {value}" for name, value in wanted.items() if told[name] != value
@@ -2510,11 +2580,17 @@ def sole_training(out: Path) -> Iterator[None]:
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
-        path.write_text(str(os.getpid()))
     except OSError as error:  # filelock's Timeout is one; it also says so where no file can be made
         if isinstance(error, filelock.Timeout) and path.exists():
-            raise UserError(f"--out {out}: process {path.read_text()} is training it; wait or choose another") from None
+            other = "another process"
+            with suppress(OSError, ValueError):  # Windows lets nobody read a locked file
+                other = f"process {int(path.read_text())}"
+            raise UserError(f"--out {out}: {other} is training it; wait or choose another") from None
         raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another folder") from None
+    with suppress(OSError):
+        path.write_text(str(os.getpid()))
+    sweep(out)
+    sweep(checkpoint_path(out))
     try:
         yield
     finally:
@@ -2542,6 +2618,20 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     return None
 
 
+def text_of(story: Story) -> str:
+    """Name of the text that a file says it learnt from, to read that again.
+
+    raises  UserError if it would be a device, or a download: a stranger's file must not make the program ask a network
+    """
+    for name in names_in(story.data["name"]):
+        if re.match("https?://", name, re.IGNORECASE):
+            if not copy_of(name).exists():
+                raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")
+        elif name not in TEXTS and os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
+            raise UserError(f"--data: the text is {name}, which is not a file; give another with --data")
+    return story.data["name"]
+
+
 def prepare_training(
     options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Trainer, Tokenizer, dict]:
@@ -2552,7 +2642,7 @@ def prepare_training(
         TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
     )
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
-    corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
+    corpus = load_corpus(options.data or (text_of(before) if before else None), options.encoding)
     tokenizer, ids = corpus.tokenizer, corpus.ids
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
@@ -2567,7 +2657,16 @@ def prepare_training(
         passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
-    return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+    try:
+        return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        n = config.n_parameters()
+        raise UserError(
+            f"--n-layer {config.n_layer} --n-embd {config.n_embd}: out of memory; in training {n / 1e6:,.1f} M "
+            f"parameters need {16 * n / 2**30:,.1f} GiB and more; half of --n-embd needs a quarter, half of --n-layer half"
+        ) from None
 
 
 def train(options: argparse.Namespace) -> None:
@@ -2610,11 +2709,24 @@ def train(options: argparse.Namespace) -> None:
                 f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
         report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
-        fit(trainer, report, checkpoint, story)
+        try:
+            fit(trainer, report, checkpoint, story)
+        except Diverged as error:  # and would again from the checkpoint; what was good before is the person's
+            best = out.with_stem(f"{out.stem}-best")
+            if trainer.best:
+                save_file(best, trainer.best, story())
+            checkpoint.unlink(missing_ok=True)
+            kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
+            raise UserError(f"{error}; {kept if trainer.best else 'nothing was measured before'}") from None
         if not options.quiet:
             say(loss_chart(trainer.history))
         say("Training finished...")
-        save_file(out, trainer.best, story())
+        try:
+            save_file(out, trainer.best, story())
+        except UserError as error:  # no room, or the folder is gone: hours of work must not be
+            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+            save_file(other, trainer.best, story())
+            raise UserError(f"{error}; this time the model is in {other}: move it from there") from None
         checkpoint.unlink(missing_ok=True)
         say(f"Model saved to {out}")
 
@@ -2688,7 +2800,7 @@ def explain(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
     (model, tokenizer, story), dtype = opened(options)
-    corpus = load_corpus(options.data or story.data["name"], options.encoding)
+    corpus = load_corpus(options.data or text_of(story), options.encoding)
     if corpus.sha256 == story.data["sha256"]:
         ids, part = split(corpus.ids)[1], "validation part"
     else:  # the model may have other ids for the characters than the text has
@@ -2742,6 +2854,11 @@ def main(options: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say("anexagpt.py: out of memory; close other programs, or take a smaller model, text or --block-size")
+        return 2
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def prepare(raw: bytes, encoding: str = "utf-8") -> str:
     return "".join(read_text(raw, encoding))
 
 
-def text_of(corpus: Corpus) -> str:
+def spelt(corpus: Corpus) -> str:
     return corpus.tokenizer.decode(corpus.ids)
 
 
@@ -110,7 +110,7 @@ def test_not_text_in_this_encoding(raw, encoding, words):
 def test_other_encodings(cli):
     """Catches an --encoding that is not used."""
     Path("old.txt").write_bytes("caf\xe9 \u201cnoir\u201d\r\n".encode("cp1252"))
-    assert text_of(load_corpus("old.txt", "cp1252")) == "caf\xe9 \u201cnoir\u201d\n"
+    assert spelt(load_corpus("old.txt", "cp1252")) == "caf\xe9 \u201cnoir\u201d\n"
     assert cli("train", "--data", "old.txt").is_error("old.txt", "0xe9", "offset 3", "--encoding")
 
 
@@ -121,7 +121,7 @@ def test_download_of_the_real_book(server, mirrors, sherlock):
     """Catches a copy in data/ that is not what was served, and a second run that asks the network again."""
     mirrors("sherlock", server.page("/pg1661.txt", Answer(sherlock)))
     corpus = load_corpus("sherlock")
-    assert text_of(corpus) == prepare(sherlock) and corpus.name == "sherlock"
+    assert spelt(corpus) == prepare(sherlock) and corpus.name == "sherlock"
     assert corpus.sha256 == hashlib.sha256(prepare(sherlock).encode()).hexdigest()
     assert files() == [os.path.join("data", "sherlock.txt")] and Path("data/sherlock.txt").read_bytes() == sherlock
     server.close()
@@ -133,7 +133,7 @@ def test_the_real_shakespeare(server, mirrors, shakespeare):
     """Catches a marker phrase that the real file does not have, and a text changed on the way."""
     assert hashlib.sha256(shakespeare).hexdigest().startswith("86c4e6aa9db7c042")
     mirrors("shakespeare", server.page("/input.txt", Answer(shakespeare)))
-    assert text_of(load_corpus("shakespeare")).encode() == shakespeare
+    assert spelt(load_corpus("shakespeare")).encode() == shakespeare
 
 
 def test_mirrors():
@@ -240,7 +240,7 @@ def test_addresses(server):
     pages = ["/a/text.txt", "/b/text.txt", "/c/text.txt?x=../../y&z=1", "/d/" + "n" * 300 + ".txt"]
     for i, page in enumerate(pages):
         url = server.page(page, Answer(b"text %d" % i))
-        assert text_of(load_corpus(url)) == text_of(load_corpus(url.replace("http", "HTTP"))) == f"text {i}"
+        assert spelt(load_corpus(url)) == spelt(load_corpus(url.replace("http", "HTTP"))) == f"text {i}"
     assert len(files()) >= len(pages) and all(re.fullmatch(r"data.[\w.-]+", name) for name in files())
 
 
@@ -262,7 +262,7 @@ def test_without_network_the_default_is_pythons_documentation(mirrors, dead, cap
     assert any("NOTE" in line and "could not be downloaded" in line and "no connection" in line for line in notes)
     assert corpus.name == "python-docs" and corpus.sha256 == load_corpus("python-docs").sha256
     assert corpus.characters > 300_000
-    assert all(topic in text_of(corpus) for topic in pydoc_data.topics.topics.values())
+    assert all(topic in spelt(corpus) for topic in pydoc_data.topics.topics.values())
 
 
 def test_named_text_never_falls_back(mirrors, dead):
