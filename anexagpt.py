@@ -141,6 +141,7 @@ class TrainConfig(Settings):
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
     checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
+    init: str | None = knob(None, "model file whose weights are the first, to learn another text from there")
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,7 +201,8 @@ EXAMPLES = """\
 examples:
   python anexagpt.py                                     learn Sherlock Holmes, then talk
   python anexagpt.py train --data shakespeare            another built-in text: sherlock, shakespeare, python-docs
-  python anexagpt.py train --data diary.txt --out me.safetensors
+  python anexagpt.py train --data diary.txt letters/ --out me.safetensors
+  python anexagpt.py train --data diary.txt --init model.safetensors --out me.safetensors
   python anexagpt.py chat --model me.safetensors --temperature 0.6
   python anexagpt.py generate "It was a" -n 300 > story.txt
   python anexagpt.py explain "It was a" --view probs --top-k 5
@@ -234,7 +236,7 @@ class Parser(argparse.ArgumentParser):
             default = "" if knob.default in (None, ()) else f" (default: {knob.default})"
             kind = kinds(config)[knob.name][0]
             how = dict(action="append") if kind is tuple else dict(type=kind, choices=rule["choices"])
-            metavar = None if rule["choices"] else {int: "N", float: "X", tuple: "TEXT"}[kind]
+            metavar = None if rule["choices"] else {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
             # Absent options stay absent from the namespace: the dataclass has the defaults.
             group.add_argument(*names, **how, metavar=metavar, default=argparse.SUPPRESS, help=rule["help"] + default)
 
@@ -1107,6 +1109,8 @@ def parse_story(metadata: dict[str, str]) -> Story:
         raise ValueError("its characters are not U+FFFD followed by different characters in order")
     if len(characters) != config.vocab_size:
         raise ValueError(f"it has {len(characters)} characters, but a vocab_size of {config.vocab_size}")
+    if not isinstance(told["training"].get("init"), str | None):
+        raise ValueError("its training has an init that is not the name of a file")
     name = told["data"].get("name")
     if not isinstance(name, str) or not isinstance(told["data"].get("sha256"), str):
         raise ValueError("its data set has no name or no sha256")
@@ -1193,6 +1197,15 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
         }
     model.load_state_dict(weights, assign=True)
     return model.eval(), Tokenizer(story.characters), story
+
+
+@torch.no_grad()
+def adapt(model: GPT, tokenizer: Tokenizer, characters: str) -> dict[str, Tensor]:
+    """The weights of `model` for other characters: those that it knows keep their row of wte, new ones get the mean."""
+    rows, wte = tokenizer.encode(characters).long(), model.wte.weight  # (V,), 0 for new ones
+    adapted = wte[rows]  # (V, C)
+    adapted[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
+    return model.state_dict() | {"wte.weight": adapted}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1285,13 +1298,23 @@ class Trainer:
 
     CHUNK = 1_000  # updates whose windows are drawn at once
 
-    def __init__(self, config: GPTConfig, cfg: TrainConfig, ids: Tensor, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: GPTConfig,
+        cfg: TrainConfig,
+        ids: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: dict[str, Tensor] | None = None,  # to start from; else random ones
+    ):
         self.cfg, self.device, self.dtype, self.step = cfg, device, dtype, 0
         self.history: list[list] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = math.inf
         torch.manual_seed(cfg.seed)
         self.model = GPT(config).to(device)
+        if weights:
+            self.model.load_state_dict(weights)
         self.ids, self.validation_ids = (part.to(device) for part in split(ids))
         # Hidden matrices go to Muon; embeddings, LayerNorms and biases to AdamW.
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
@@ -2235,13 +2258,16 @@ def optional(module: str):
 
 
 def for_publishing(story: Story) -> Story:
-    """The story with no more of its data set's name than others may see: no folders, no password of an address."""
-    name = story.data["name"]
-    if re.match("https?://", name, re.IGNORECASE):
-        name = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
-    else:
-        name = re.split(r"[/\\]", name)[-1]
-    return replace(story, data=story.data | dict(name=name))
+    """The story with no more of the names of its files than others may see: no folders, no password of an address."""
+
+    def shown(name: str) -> str:
+        if re.match("https?://", name, re.IGNORECASE):
+            return re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+    name, init = " + ".join(map(shown, story.data["name"].split(" + "))), story.training.get("init")
+    training = story.training | (dict(init=shown(init)) if init else {})
+    return replace(story, data=story.data | dict(name=name), training=training)
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licence: str) -> str:
@@ -2636,12 +2662,17 @@ def prepare_training(
     options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Trainer, Tokenizer, dict]:
     """Trainer, tokenizer and facts about the text, by the options and else by the training to be continued."""
-    shape = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
-    known = TrainConfig.__dataclass_fields__
-    cfg = from_options(
-        TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
-    )
+    known, old, others = TrainConfig.__dataclass_fields__, None, before.training if before else {}
+    cfg = from_options(TrainConfig, options, **{k: v for k, v in others.items() if k in known})
+    others = asdict(before.config) if before else SIZES["small"]
+    if cfg.init and not before:
+        old, characters, told = load_model(Path(cfg.init), device)
+        others = {name: getattr(told.config, name) for name in others}
+    shape = others | (SIZES[options.size] if options.size else {})
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
+    if old and (other := {k: v for k, v in others.items() if v != getattr(config, k)}):
+        has = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.items())
+        raise UserError(f"--init {cfg.init}: is a model with {has}; leave out what differs, or begin without --init")
     corpus = load_corpus(options.data or (text_of(before) if before else None), options.encoding)
     tokenizer, ids = corpus.tokenizer, corpus.ids
     need = 10 * (config.block_size + 1)
@@ -2658,7 +2689,8 @@ def prepare_training(
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
-        return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+        weights = adapt(old, characters, tokenizer.characters) if old else None
+        return Trainer(config, cfg, ids, device, dtype, weights), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -2701,10 +2733,11 @@ def train(options: argparse.Namespace) -> None:
             return text
 
         passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+        first = f" of {cfg.init}" if cfg.init else ""
         if not options.quiet:
             say(
                 f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
-                f"{config.n_parameters() / 1e6:.1f} M parameters on {device.type} in {training['dtype']}; "
+                f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}; "
                 f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
                 f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
