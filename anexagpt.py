@@ -53,6 +53,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 
 __version__ = "1.0.0"
@@ -649,8 +650,7 @@ def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
     """The pieces of several texts, one after another, each beginning on a new line; otherwise as `read_text`."""
     last = "\n"
     for source, encoding in sources:
-        yield "" if last.endswith("\n") else "\n"
-        for piece in read_text(source, encoding):
+        for piece in chain(["" if last.endswith("\n") else "\n"], read_text(source, encoding)):
             yield piece
             last = piece or last
 
