@@ -333,7 +333,7 @@ def test_run_with_other_options_than_the_model(cli, tmp_path):
 @pytest.mark.parametrize("again", [False, True])
 def test_init(cli, tiny, tmp_path, monkeypatch, again):
     """Catches a fine-tuning that begins with other weights than the model's or with its steps and rates, a character
-    whose row went to another one, and an interrupted one that needs the model again, or does not take its name again, or
+    whose row went to another one, and an interrupted one that needs the model again, or does not take it again, or
     does not end in the same bits."""
     text = prose(500, seed=9).replace("h", "\u00fc").replace("o", "\u4e2d")
     (tmp_path / "new.txt").write_text(text, encoding="utf-8")
