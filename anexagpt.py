@@ -455,7 +455,7 @@ SOURCES = {
         "Whiles thou art waking.",
     ),
 }
-FALLBACK = "python-docs"  # the language reference that every CPython carries
+FALLBACK = "python-docs"  # the language reference that every CPython's help() carries: 465,000 characters, no network
 MAX_DOWNLOAD = 2 << 30  # bytes
 PIECE = 1 << 16  # bytes of a text that are read at once; more would not fit into the processor's cache
 LONG = 32 << 20  # bytes from which on a text's ids are kept in a file: shorter ones are read in half a second
@@ -486,7 +486,6 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
             "".encode(encoding)  # complains of codecs that are not for text
             decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
             first, last = inside(file)
-            whole = last == file.tell()
             file.seek(first)
             for at in range(first, last, PIECE):
                 raw = file.read(min(PIECE, last - at))
@@ -494,17 +493,16 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
                 if not text.isascii():
                     text.encode()  # some encodings can spell surrogates, which are not characters
                 yield text if at else text.removeprefix("\ufeff")
-            yield "" if whole else "\n"
+            yield "\n" if first else ""  # a book's end
     except LookupError:
         raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
-    except UnicodeDecodeError as error:
-        wrong, at = error.object[error.start], at + len(raw) - len(error.object) + error.start
-        raise UserError(
-            f"{source}: not {encoding} text, byte {wrong:#04x} at offset {at:,} does not fit; "
-            f"give its encoding with --encoding, often cp1252, latin-1 or utf-16"
-        ) from None
     except UnicodeError as error:
-        raise UserError(f"{source}: not {encoding} text ({error}); give its encoding with --encoding") from None
+        why = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            offset = at + len(raw) - len(error.object) + error.start
+            why = f"byte {error.object[error.start]:#04x} at offset {offset:,} does not fit"
+        cure = "give its encoding with --encoding, often cp1252, latin-1 or utf-16"
+        raise UserError(f"{source}: not {encoding} text, {why}; {cure}") from None
 
 
 def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
@@ -613,36 +611,26 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     raise DownloadError("; ".join(dict.fromkeys(reasons)))
 
 
-def python_docs() -> str:
-    """The language reference as CPython's own help() carries it: 465,000 characters, no network."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def names_in(data: str) -> list[str]:
-    """The names that `--data A B` gave, which are kept as "A + B"."""
-    return [data] if os.path.exists(data) else data.split(" + ")
-
-
 def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
     """Files (or bytes) and their encodings that one name stands for: a text known or at an address, a file, a folder.
 
     raises  DownloadError, or UserError if there is no such text
     """
+    if " + " in name and not os.path.exists(name):  # what `--data A B` has become
+        return [text for part in name.split(" + ") for text in find_texts(part, encoding)]
     if name == FALLBACK:
-        return [(python_docs().encode(), "utf-8")]
+        from pydoc_data.topics import topics
+
+        return [("\n\n".join(topics[topic] for topic in sorted(topics)).encode(), "utf-8")]
     if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
         return [(download(name), "utf-8" if name in SOURCES else encoding)]
     path = Path(name)
-    if not path.exists():
-        texts = ", ".join((*SOURCES, FALLBACK))
-        raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling")
-    if path.is_file():
-        return [(path, encoding)]
-    files = sorted(file for file in path.glob("*.txt") if file.is_file() and not file.name.startswith("."))
+    files = [path] if path.is_file() else sorted(file for file in path.glob("[!.]*.txt") if file.is_file())
     if not files:
-        raise UserError(f"--data {name}: neither a file nor a folder with files *.txt; name such")
+        what = (
+            "a folder without files *.txt" if path.is_dir() else f"neither a file nor a known text ({', '.join(TEXTS)})"
+        )
+        raise UserError(f"--data {name}: {what}; check the spelling")
     return [(file, encoding) for file in files]
 
 
@@ -746,13 +734,12 @@ def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
     """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
 
     A text is read twice, piece by piece: to find its characters, and to turn them into ids. A long one's ids go to a
-    file in data/, which the next call finds ready and maps into memory.
-    data    several names are joined by " + "
+    file in data/, which the next call finds ready and maps into memory. Several names are joined by " + ".
     raises  UserError if there is no such text
     """
     name = data or "sherlock"
     try:
-        sources = [source for part in names_in(name) for source in find_texts(part, encoding)]
+        sources = find_texts(name, encoding)
     except DownloadError as error:
         if data is None:
             say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
@@ -769,38 +756,27 @@ def load_long(name: str, sources: list[tuple[Path | bytes, str]]) -> Corpus:
     """The corpus of a long text from a file in data/, which is written first unless it is there; raises UserError.
 
     It is a safetensors file that tells sizes and times of change of what it was made of: to compare the text itself,
-    by its SHA-256, would take seconds for every GB at each start.
+    by its SHA-256, would take a second or two for every GB at each start.
     """
     files = [(str(path), encoding, path.stat()) for path, encoding in sources if isinstance(path, Path)]
     origin = json.dumps([__version__, [(*named, it.st_size, it.st_mtime_ns) for *named, it in files]])
     path = Path(f"{copy_of(name)}.ids")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with filelock.FileLock(path.with_name(".lock")):  # of several processes one writes, the others wait
-            with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
-                told = file.metadata() or {}
-                if told.get("origin") == origin:
-                    return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
-            size = sum(it.st_size for *_, it in files)
-            with progress(f"Preparing {name}", 2 * size) as advance, replacing(path) as file:
-
-                def pieces() -> Iterator[str]:
-                    for piece in read_texts(sources):
-                        advance(len(piece))
-                        yield piece
-
-                tokenizer, sha256, length = survey(pieces())
-                told = dict(origin=origin, sha256=sha256, characters=tokenizer.characters)
-                kind, end = {1: "U8", 2: "U16", 4: "I32"}[tokenizer.table.itemsize], length * tokenizer.table.itemsize
-                ids = dict(dtype=kind, shape=[length], data_offsets=[0, end])
-                header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
-                header += b" " * (-len(header) % 8)
-                file.write(len(header).to_bytes(8, "little") + header)
-                if sum(file.write(tokenizer.encode(piece).numpy()) for piece in pieces()) != end:
-                    raise UserError(f"--data {name}: has changed while it was read; try again when it is complete")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
+    with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+        if told.get("origin") == origin:
+            return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
+    path.parent.mkdir(exist_ok=True)
+    with progress(f"Preparing {name}", 2 * sum(it.st_size for *_, it in files)) as advance, replacing(path) as file:
+        pieces = lambda: (advance(len(piece)) or piece for piece in read_texts(sources))  # noqa: E731
+        tokenizer, sha256, length = survey(pieces())
+        width = tokenizer.table.itemsize
+        ids = dict(dtype={1: "U8", 2: "U16", 4: "I32"}[width], shape=[length], data_offsets=[0, length * width])
+        told = dict(origin=origin, sha256=sha256, characters=tokenizer.characters)
+        header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(len(header).to_bytes(8, "little") + header)
+        if sum(file.write(tokenizer.encode(piece).numpy()) for piece in pieces()) != length * width:
+            raise UserError(f"--data {name}: has changed while it was read; try again when it is complete")
     return load_long(name, sources)
 
 
@@ -2689,7 +2665,7 @@ def text_of(story: Story) -> str:
 
     raises  UserError if it would be a device, or a download: a stranger's file must not make the program ask a network
     """
-    for name in names_in(story.data["name"]):
+    for name in story.data["name"].split(" + "):
         if re.match("https?://", name, re.IGNORECASE):
             if not copy_of(name).exists():
                 raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")

@@ -355,7 +355,7 @@ def long(monkeypatch):
 
 
 def ids_files() -> list[str]:
-    return [name for name in files() if name.startswith("data") and not name.endswith(".lock")]
+    return [name for name in files() if name.startswith("data")]
 
 
 @pytest.mark.parametrize("size", [30, 255, 256, 65_535, 65_536])
@@ -409,12 +409,11 @@ def test_nothing_half_written(long, monkeypatch):
             return encode(self, text)
 
         monkeypatch.setattr(anexagpt.Tokenizer, "encode", breaking)
-        with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+        with pytest.raises(type(error)):
             load_corpus("x.txt")
-        assert ids_files() == [] and (caught.type is KeyboardInterrupt or "No space left" in str(caught.value))
+        assert ids_files() == []
     monkeypatch.setattr(anexagpt.Tokenizer, "encode", encode)
     assert spelt(load_corpus("x.txt")) == prose(500)
-    Path(".x.tmp").touch()
     dead = Path(f"data/.{Path(ids_files()[0]).name}.999999999.tmp")
     dead.write_bytes(b"half")
     os.utime("x.txt", (1, 1))
