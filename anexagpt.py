@@ -42,10 +42,12 @@ import io
 import json
 import math
 import os
+import queue
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 import unicodedata
@@ -505,58 +507,96 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
         raise UserError(f"{source}: not {encoding} text, {why}; {cure}") from None
 
 
-def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
-    """Download `url` to `path`; the file appears whole or not at all.
+def receive(url: str, patience: float) -> Iterator[str | bytes]:
+    """What a server answers: first how long the text is, in the server's words, then the text as it arrives.
 
-    accept    whether a file holds what was wanted
-    most      bytes that it may have (0: MAX_DOWNLOAD)
-    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
-    raises    DownloadError saying why not; UserError if `path` cannot be written
+    raises  DownloadError, or an exception of requests or urllib3
     """
-    most = most or MAX_DOWNLOAD
     # One more try where nobody answers: without a network that must not take long.
     again = (429, 500, 502, 503, 504)
     retry = urllib3.Retry(
         3, connect=1, read=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False
     )
-    start = time.monotonic()
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.headers["Accept-Encoding"] = "identity"  # a few compressed bytes can become more than the memory holds
+        with session.get(url, stream=True, timeout=(10, patience)) as answer:
+            if answer.status_code != 200:
+                raise DownloadError(f"the server answered {answer.status_code} {printable(answer.reason)[:50]}")
+            if "html" in answer.headers.get("Content-Type", ""):
+                raise DownloadError("the server sent a web page, not a text")
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise DownloadError("the server compressed the text, which nobody asked for")
+            yield answer.headers.get("Content-Length", "")
+            # What has arrived, however little: to wait for a whole block would hide a server that drips.
+            while piece := answer.raw.read1(1 << 16):
+                yield piece
+
+
+def hurried(pieces: Iterator[str | bytes], patience: float) -> Iterator[str | bytes]:
+    """`pieces` as they come, from a thread that is left alone when it is too slow: the time-outs of sockets begin anew
+    with each byte.
+
+    raises  DownloadError after `patience` seconds and one more for every 5 kB
+    """
+    arrived, size, start = queue.Queue(8), 0, time.monotonic()
+
+    def work():
         try:
-            with session.get(url, stream=True, timeout=(10, patience)) as answer:
-                if answer.status_code != 200:
-                    raise DownloadError(f"the server answered {answer.status_code} {answer.reason}")
-                if "html" in answer.headers.get("Content-Type", ""):
-                    raise DownloadError("the server sent a web page, not a text")
-                if answer.headers.get("Content-Encoding", "identity") != "identity":
-                    raise DownloadError("the server compressed the text, which nobody asked for")
-                size = answer.headers.get("Content-Length", "")
-                size = int(size) if re.fullmatch("[0-9]{1,18}", size) else None
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as file, progress(f"Downloading {path.name}", size) as advance:
-                    # What has arrived, however little: to wait for a whole block would hide a server that drips.
-                    while chunk := answer.raw.read1(1 << 16):
-                        advance(file.write(chunk))
-                        if file.tell() > most:
-                            raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
-                        if time.monotonic() - start > patience + file.tell() / 5_000:
-                            raise DownloadError("the server sends less than 5 kB/s")
-                    file.flush()
-                    if not accept(Path(file.name)):
-                        raise DownloadError("what the server sent is not that text, or not all of it")
-        except requests.Timeout:
-            raise DownloadError("no answer") from None
-        except requests.exceptions.RetryError:
-            raise DownloadError("the server is out of order or busy") from None
-        except requests.ConnectionError:
-            raise DownloadError("no connection, or it broke") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-            raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
+            for piece in pieces:
+                arrived.put(piece)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        try:
+            piece = arrived.get(timeout=max(0, start + patience + size / 5_000 - time.monotonic()))
+        except queue.Empty:
+            raise DownloadError("the server sends less than 5 kB/s" if size else "no answer") from None
+        if piece is None:
+            return
+        if isinstance(piece, Exception):
+            raise piece
+        size += len(piece)
+        yield piece
+
+
+def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
+    """Download `url` to `path`; the file appears whole or not at all.
+
+    accept    whether what a file holds is what was wanted
+    most      bytes that it may have (0: MAX_DOWNLOAD)
+    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
+    raises    DownloadError saying why not; UserError if `path` cannot be written
+    """
+    most = most or MAX_DOWNLOAD
+    try:
+        pieces = hurried(receive(url, patience), patience)
+        length = next(pieces)
+        length = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file, progress(f"Downloading {path.name}", length) as advance:
+            for piece in pieces:
+                advance(file.write(piece))
+                if file.tell() > most:
+                    raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
+            file.flush()
+            if not accept(Path(file.name)):
+                raise DownloadError("what the server sent is not that text, or not all of it")
+    except requests.Timeout:
+        raise DownloadError("no answer") from None
+    except requests.exceptions.RetryError:
+        raise DownloadError("the server is out of order or busy") from None
+    except requests.ConnectionError:
+        raise DownloadError("no connection, or it broke") from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+        raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
 
 
 @contextmanager
@@ -590,11 +630,11 @@ def download(name: str, folder: Path = Path("data")) -> Path:
 
     def accept(path: Path) -> bool:
         with open(path, "rb") as file:
-            head = file.read(200)
-        if head.lstrip().lower().startswith((b"<!doctype html", b"<html")) or not head:
+            raw = file.read(-1 if source else 200)
+        if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
             return False
         try:  # lines break elsewhere in every edition
-            return not source or source.ending in " ".join(path.read_bytes().decode().split())
+            return not source or source.ending in " ".join(raw.decode().split())
         except UnicodeDecodeError:
             return False
 
@@ -2427,12 +2467,21 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
                 f"or put the files among them with --force"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(exist_ok=True)  # by one that was killed, it is used again
+    try:
         for name, content in files.items():
-            (Path(temporary) / name).write_bytes(content)
+            with replacing(temporary / name) as file:
+                file.write(content)
         folder.mkdir(exist_ok=True)
+        # Without config.json nobody loads a folder: should we be killed on the way, not the files of two models.
+        (folder / "config.json").unlink(missing_ok=True)
+        for name in sorted(files, key="config.json".__eq__):
+            os.replace(temporary / name, folder / name)
+    finally:
         for name in files:
-            os.replace(Path(temporary) / name, folder / name)
+            (temporary / name).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
@@ -2473,6 +2522,8 @@ def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
         file.write_tensors_to_file()
         file.close()
         os.replace(temporary, path)
+    except OSError as error:  # NumPy's has neither number nor name
+        raise OSError(errno.ENOSPC, f"cannot be written ({error.strerror or error})", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2713,7 +2764,7 @@ def prepare_training(
         n = config.n_parameters()
         raise UserError(
             f"--n-layer {config.n_layer} --n-embd {config.n_embd}: out of memory; in training {n / 1e6:,.1f} M "
-            f"parameters need {16 * n / 2**30:,.1f} GiB and more; half of --n-embd needs a quarter, half of --n-layer half"
+            f"parameters need {16 * n / 2**30:,.1f} GiB and more; take half of --n-embd, which needs a quarter"
         ) from None
 
 
@@ -2773,9 +2824,12 @@ def train(options: argparse.Namespace) -> None:
         try:
             save_file(out, trainer.best, story())
         except UserError as error:  # no room, or the folder is gone: hours of work must not be
-            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
-            save_file(other, trainer.best, story())
-            raise UserError(f"{error}; this time the model is in {other}: move it from there") from None
+            kept = ""
+            with suppress(OSError, UserError):
+                other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+                save_file(other, trainer.best, story())
+                kept = f"; this time the model is in {other}: move it from there"
+            raise UserError(f"{error}{kept}") from None
         checkpoint.unlink(missing_ok=True)
         say(f"Model saved to {out}")
 

@@ -78,8 +78,9 @@ def begin(folder: Path, options: list[str], operation: int = 0) -> int:
         if operation:
             sys.addaudithook(count)
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for number in (1, 2):
+            os.dup2(log, number)
+        sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")  # noqa: SIM115
         status = anexagpt.main(anexagpt.parse_options(options))
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
