@@ -3074,7 +3074,7 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
-        if "WORLD_SIZE" in os.environ and isinstance(error, dist.DistError):
+        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|c10d", str(error), re.IGNORECASE):
             say("anexagpt.py: another process of this training has ended; the same command goes on from the checkpoint")
             return 1
         if not out_of_memory(error):
