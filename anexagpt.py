@@ -53,8 +53,9 @@ import typing
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -355,6 +356,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 if Version(torch.__version__) < Version("2.9"):
@@ -1211,37 +1213,98 @@ def choose_device(wanted: DeviceConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The first 90% of a text to learn from, the last 10% to be examined on."""
-    n = len(ids) * 9 // 10
+    """The first 90% of a text to learn from, and the rest, a million characters at most, to be examined on."""
+    n = max(len(ids) * 9 // 10, len(ids) - 1_000_000)
     return ids[:n], ids[n:]
 
 
+class World(typing.NamedTuple):
+    """The place of this process among those of one training that torchrun started; without it there is but one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[World]:
+        """Meet the other processes, and part from them at the end."""
+        if "WORLD_SIZE" not in os.environ:
+            yield cls()
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # What lies on the GPUs goes through NCCL, everything else through gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        yield cls(dist.get_rank(), dist.get_world_size())
+        dist.destroy_process_group()  # not after an error: the others may not be there any more
+
+    def mean(self, values: Tensor) -> None:
+        """Put the mean over all processes in the place of `values`."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Whether some process wishes it, for each of the wishes: what one does, all must do."""
+        wanted = torch.tensor(wishes, dtype=torch.uint8)
+        if self.size > 1:
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        return wanted.bool().tolist()
+
+    def in_turn(self, work: Callable[[], typing.Any]):
+        """The result of `work`, done first by one process of each machine, so that the others find its files."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        result = work() if first else None
+        if self.size > 1:
+            dist.barrier()
+        return result if first else work()
+
+    def told(self, value):
+        """What the first process says."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)  # pickled, but among our own processes only
+        return values[0]
+
+
 @torch.no_grad()
-def evaluate(model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, int]:
+def evaluate(
+    model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32, world: World | None = None
+) -> tuple[float, int]:
     """Mean loss over the text `ids` (N,), in nats per character, and the number of characters it is the mean of.
 
     The text is cut into windows of block_size that do not overlap, the last one shorter; every character but the first
     is predicted once, from what precedes it in its window. Characters unknown to the model (id 0) are not counted. No
-    random numbers: the same weights give the same figure.
+    random numbers: the same weights give the same figure. The processes of a world share the work.
     """
-    was_training, T = model.training, model.config.block_size
+    was_training, T, device, world = model.training, model.config.block_size, model.wte.weight.device, world or World()
     model.eval()
-    ids = ids.long()
     whole = (len(ids) - 1) // T * T
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     batches = list(zip(ids[:whole].view(-1, T).split(rows), ids[1 : whole + 1].view(-1, T).split(rows), strict=True))
     batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
-    total, count = torch.zeros((), dtype=torch.float64 if ids.device.type != "mps" else torch.float32), 0
-    total = total.to(ids.device)
-    for x, y in batches:
+    sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    for x, y in batches[world.rank :: world.size]:
         if not y.numel():  # no whole window, or nothing after the last
             continue
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x, y = x.long().to(device), y.long().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(x)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
-        count += (y != 0).sum()
+        sums[0] += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
+        sums[1] += (y != 0).sum()
+    world.mean(sums)
     model.train(was_training)
-    return float(total / count), int(count)
+    return float(sums[0] / sums[1]), round(float(sums[1]) * world.size)
+
+
+@lru_cache(maxsize=2)
+def dealt(number: int, n_characters: int, block_size: int, seed: int) -> Tensor:
+    """Where the windows begin, in the order of pass `number` over the text: cut at a random offset, and shuffled."""
+    per_pass = max(1, (n_characters - block_size - 1) // block_size)
+    spare = n_characters - block_size * per_pass  # offsets that leave room for the last target
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    offset = torch.randint(spare, (1,), generator=generator)
+    return offset + block_size * torch.randperm(per_pass, generator=generator)
 
 
 def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_size: int, seed: int) -> Tensor:
@@ -1250,16 +1313,10 @@ def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_
     The text is dealt out like a pack of cards: cut into windows at a random offset, shuffled, used up, then cut and
     shuffled anew. It is a function of the seed and the step alone, so a continued run needs no random state for it.
     """
-    per_pass = max(1, (n_characters - block_size - 1) // block_size)
-    spare = n_characters - block_size * per_pass  # offsets that leave room for the last target
-    first, last = step * batch, (step + n_steps) * batch
-    dealt = []
-    for number in range(first // per_pass, -(-last // per_pass)):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        offset = torch.randint(spare, (1,), generator=generator)
-        dealt.append(offset + block_size * torch.randperm(per_pass, generator=generator))
-    skip = first % per_pass
-    return torch.cat(dealt)[skip : skip + n_steps * batch].view(n_steps, batch)
+    first, last, per_pass = step * batch, (step + n_steps) * batch, len(dealt(0, n_characters, block_size, seed))
+    passes = range(first // per_pass, -(-last // per_pass))
+    starts = torch.cat([dealt(number, n_characters, block_size, seed) for number in passes])
+    return starts[first % per_pass :][: n_steps * batch].view(n_steps, batch)
 
 
 def default_dropout(passes: float) -> float:
@@ -1278,9 +1335,9 @@ class Replay:
     is recorded as a graph after its first three times. Should that fail, it says so, and goes on without.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device):
+    def __init__(self, work: Callable[[], None], graphs: bool):
         self.work, self.graph = work, None
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream() if graphs else None
         self.eager_left = 3  # times before the graph is recorded
 
     def __call__(self) -> None:
@@ -1313,7 +1370,7 @@ class Replay:
 class Trainer:
     """A model in training and everything that changes with it. One `update` after another, the rest reads or saves."""
 
-    CHUNK = 1_000  # updates whose windows are drawn at once
+    CHUNK = 250  # updates whose text is taken to the device at once
 
     def __init__(
         self,
@@ -1322,9 +1379,10 @@ class Trainer:
         ids: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        world: World | None = None,
         weights: dict[str, Tensor] | None = None,  # to start from; else random ones
     ):
-        self.cfg, self.device, self.dtype, self.step = cfg, device, dtype, 0
+        self.cfg, self.device, self.dtype, self.step, self.world = cfg, device, dtype, 0, world or World()
         self.history: list[list] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = math.inf
@@ -1332,7 +1390,7 @@ class Trainer:
         self.model = GPT(config).to(device)
         if weights:
             self.model.load_state_dict(weights)
-        self.ids, self.validation_ids = (part.to(device) for part in split(ids))
+        self.ids, self.validation_ids = split(ids)
         # Hidden matrices go to Muon; embeddings, LayerNorms and biases to AdamW.
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
@@ -1341,25 +1399,35 @@ class Trainer:
         self.adamw = torch.optim.AdamW(
             others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
+        # Each process takes its share of every batch, and averages its gradients with the others'.
+        self.share = torch.arange(cfg.batch_size).tensor_split(self.world.size)[self.world.rank]
+        self.forward = self.model
+        if self.world.size > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.model)
+            torch.manual_seed(cfg.seed + self.world.rank)  # no two drop the same values
         # What an update reads lives on the device, so that a CUDA graph of it needs nothing from Python.
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step, as a tensor
         self.losses = torch.zeros(cfg.max_steps, device=device)
-        self.chunk = -1  # the chunk of updates that `rates` and `starts` are filled for
+        self.averaged = 0  # up to this step `losses` are those of all processes
+        self.chunk = -1  # the chunk of updates that `rates` and `text` are filled for
         self.rates = torch.zeros(self.CHUNK, device=device)
-        self.starts = torch.zeros(self.CHUNK, cfg.batch_size, dtype=torch.long, device=device)
-        self.window = torch.arange(config.block_size + 1, device=device)
-        self.replay = Replay(self._update, device)
+        kind = torch.uint8 if ids.dtype == torch.uint8 else torch.int32
+        self.text = torch.zeros(self.CHUNK, len(self.share), config.block_size + 1, dtype=kind, device=device)
+        self.replay = Replay(self._update, device.type == "cuda" and self.world.size == 1)
 
     def _update(self) -> None:
         """One optimizer update: shapes that never change, and nothing that waits for the device."""
         rate = self.rates[self.at % self.CHUNK]  # (1,)
-        starts = self.starts[self.at % self.CHUNK].T  # (B, 1)
-        text = self.ids[starts + self.window].long()  # (B, T + 1)
-        for part in text.chunk(self.cfg.grad_accum):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = self.model(part[:, :-1])
-            loss = loss_of(logits, part[:, 1:]) / self.cfg.grad_accum
-            loss.backward()
+        text = self.text[self.at % self.CHUNK][0].long()  # (B, T + 1)
+        parts = text.chunk(self.cfg.grad_accum)
+        for part in parts:
+            # Gradients are averaged over the processes with the last part, when they are complete.
+            last = self.world.size == 1 or part is parts[-1]
+            with nullcontext() if last else self.forward.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                    logits = self.forward(part[:, :-1])
+                loss = loss_of(logits, part[:, 1:]) * (len(part) * self.world.size / self.cfg.batch_size)
+                loss.backward()
             self.losses.index_add_(0, self.at, loss.detach().view(1))
         self.adamw.param_groups[0]["lr"].copy_(self.cfg.learning_rate * rate[0])
         self.adamw.step()
@@ -1371,12 +1439,12 @@ class Trainer:
         """Do the next update."""
         if self.chunk != self.step // self.CHUNK:
             self.chunk = self.step // self.CHUNK
-            first, T = self.chunk * self.CHUNK, self.model.config.block_size
+            first, B, T = self.chunk * self.CHUNK, self.cfg.batch_size, self.model.config.block_size
             last = min(first + self.CHUNK, self.cfg.max_steps)
             rates = torch.tensor([learning_rate(s, self.cfg) for s in range(first, last)])
-            starts = window_starts(first, self.CHUNK, self.cfg.batch_size, len(self.ids), T, self.cfg.seed)
             self.rates[: last - first].copy_(rates)
-            self.starts.copy_(starts)
+            starts = window_starts(first, self.CHUNK, B, len(self.ids), T, self.cfg.seed)[:, self.share]
+            self.text.copy_(self.ids.unfold(0, T + 1, 1)[starts])
         self.replay()
         self.step += 1
 
@@ -1386,14 +1454,20 @@ class Trainer:
             f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate}), each to a third"
         )
 
+    def average_losses(self) -> None:
+        """Make `losses` those of whole batches, where until now they were of this process's share."""
+        self.world.mean(self.losses[self.averaged : self.step])
+        self.averaged = self.step
+
     def evaluate(self) -> None:
         """Measure both losses, note them in the history, and keep the weights if they are the best so far.
 
         raises  Diverged if the loss is no longer a number
         """
+        self.average_losses()
         since = self.history[-1][0] if self.history else 0
         training = float(self.losses[since : self.step].mean())
-        validation, _ = evaluate(self.model, self.validation_ids, self.dtype)
+        validation, _ = evaluate(self.model, self.validation_ids, self.dtype, self.world)
         if not math.isfinite(training + validation):
             raise self.diverged(training)
         self.history.append([self.step, round(training, 6), round(validation, 6)])
@@ -1409,6 +1483,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, and the best weights, as named tensors."""
+        self.average_losses()
         tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
         tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
         tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
@@ -1446,6 +1521,10 @@ class Trainer:
         for weight, state in self.adamw.state.items() if self.step else ():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or state["step"].numel() != 1:
                 raise ValueError("its optimizer is that of another network")
+        self.averaged = self.step
+        if self.world.rank:  # its own random numbers, which nobody has kept
+            torch.manual_seed((self.cfg.seed + self.world.rank) * 1_000_003 + self.step)
+            return
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -1674,7 +1753,7 @@ class Decoder:
         self.length, self.position = 0, self.everywhere[:1].clone()
         self.ids = self.everywhere.new_zeros(batch)
         self.logits = self.wte.new_zeros(batch, config.vocab_size)
-        self.replay = Replay(self._step, self.wte.device)
+        self.replay = Replay(self._step, self.wte.device.type == "cuda")
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (B, V) of what follows the texts `ids` (B, T), or (1, T) for all texts alike; a new beginning."""
@@ -2757,7 +2836,7 @@ def prepare_training(
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
         weights = adapt(old, characters, tokenizer.characters) if old else None
-        return Trainer(config, cfg, ids, device, dtype, weights), tokenizer, data
+        return Trainer(config, cfg, ids, device, dtype, weights=weights), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -179,6 +179,7 @@ def test_old_pytorch(program, tmp_path):
     (package / "__init__.py").write_text("__version__ = '2.8.1'\nclass Tensor: pass\n")
     (package / "nn" / "__init__.py").write_text("")
     (package / "nn" / "functional" / "__init__.py").write_text("")
+    (package / "distributed.py").write_text("")
     fake = "import sys, types\nsys.modules['safetensors.torch'] = types.ModuleType('safetensors.torch')\n"
     (tmp_path / "old" / "sitecustomize.py").write_text(fake)
     result = program("info", env=dict(PYTHONPATH=str(tmp_path / "old")))
@@ -340,8 +341,8 @@ def test_init(cli, tiny, tmp_path, monkeypatch, again):
     begun = []
     init = anexagpt.Trainer.__init__
 
-    def beginning(self, *arguments):
-        init(self, *arguments)
+    def beginning(self, *arguments, **named):
+        init(self, *arguments, **named)
         begun.append({name: weight.clone() for name, weight in self.model.state_dict().items()})
 
     monkeypatch.setattr(anexagpt.Trainer, "__init__", beginning)

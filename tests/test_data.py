@@ -12,7 +12,7 @@ import pytest
 import torch
 import urllib3
 from conftest import TINY, Answer, prose
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -122,6 +122,7 @@ def test_other_encodings(cli):
 @given(
     st.text(st.characters(), max_size=60), st.integers(1, 9), st.sampled_from(["utf-8", "utf-16", "utf-32", "gb18030"])
 )
+@example("a\ufeff\r\n\rb\u00e9\r", 1, "utf-8")
 def test_pieces(text, size, encoding):
     """Catches a character or a line end that is lost or doubled where one piece of a file ends and the next begins."""
     with pytest.MonkeyPatch.context() as patch:
