@@ -2812,7 +2812,7 @@ def prepare_training(
     cfg = from_options(TrainConfig, options, **{k: v for k, v in others.items() if k in known})
     others = asdict(before.config) if before else SIZES["small"]
     if cfg.init and not before:
-        old, characters, told = load_model(Path(cfg.init), device)
+        old, spelling, told = load_model(Path(cfg.init), device)
         others = {name: getattr(told.config, name) for name in others}
     shape = others | (SIZES[options.size] if options.size else {})
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
@@ -2835,7 +2835,7 @@ def prepare_training(
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
-        weights = adapt(old, characters, tokenizer.characters) if old else None
+        weights = adapt(old, spelling, tokenizer.characters) if old else None
         return Trainer(config, cfg, ids, device, dtype, weights=weights), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

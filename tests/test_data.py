@@ -455,7 +455,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
 def test_training_and_eval_with_a_long_text(cli, long):
     """Catches a training from a file of ids that differs from one from memory, and an eval that does not find it."""
     Path("x.txt").write_text(prose(400))
-    Path("y.txt").write_text(prose(400, seed=2))
+    Path("y.txt").write_text(prose(400, seed=2) + "".join(map(chr, range(0x4E00, 0x4F00))), encoding="utf-8")  # 16 bits
     options = ["--data", "x.txt", "y.txt", "--quiet", *TINY, "--max-steps", 4, "--eval-interval", 2]
     assert cli("train", *options).status == 0 and len(ids_files()) == 1
     from_file = load_file("model.safetensors")
