@@ -173,6 +173,7 @@ def test_the_real_shakespeare(server, mirrors, shakespeare):
     assert hashlib.sha256(shakespeare).hexdigest().startswith("86c4e6aa9db7c042")
     mirrors("shakespeare", server.page("/input.txt", Answer(shakespeare)))
     assert spelt(load_corpus("shakespeare")).encode() == shakespeare
+    assert spelt(load_corpus("shakespeare", "utf-16")).encode() == shakespeare  # --encoding is for a person's own text
 
 
 def test_mirrors():
