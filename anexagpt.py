@@ -101,7 +101,7 @@ class GPTConfig(Settings):
 
     vocab_size: int = field(metadata=dict(low=2, high=0x110000))  # no option: the text decides
     block_size: int = knob(256, "longest context, in characters (T)", 2, 65_536)
-    n_layer: int = knob(4, "transformer blocks (L)", 1, 1_000)
+    n_layer: int = knob(4, "transformer blocks (L)", 1, 128)
     n_head: int = knob(4, "attention heads per block (H)", 1, 1_000)
     n_embd: int = knob(128, "channels, a multiple of --n-head (C)", 1, 65_536)
     dropout: float | None = knob(None, "share of values dropped in training (default: by passes over text)", 0.0, 0.9)

@@ -40,7 +40,7 @@ class UserError(Exception):
 # A setting is one line: its default, the smallest and the largest value allowed, and its help.
 KNOBS = {
     "block_size": (32, 2, 65_536, "longest context, in characters (T)"),
-    "n_layer": (1, 1, 1_000, "transformer blocks"),
+    "n_layer": (1, 1, 128, "transformer blocks"),
     "n_head": (4, 1, 1_000, "attention heads per block (H)"),
     "n_embd": (24, 1, 65_536, "channels, a multiple of --n-head (C)"),
     "max_steps": (4_000, 1, 100_000_000, "optimizer updates, each on one window of text"),
