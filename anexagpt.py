@@ -1712,7 +1712,7 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
     lines.append("".join(f" {name[: room - 1]:<{room - 1}}" for name in stages), "bold")
     for row in [[i] for i in order[:n]] + [order[n:]]:
         label = f"'{glyph(tokenizer.characters[row[0]])}'" if len(row) == 1 else f"{len(row)} more"
-        lines.append(f"\n{'':{8 - cell_len(label)}}{label}")
+        lines.append("\n" + " " * (8 - cell_len(label)) + label)
         for p in stages.values():
             share = float(p[row].sum())
             number = f"{100 * share:.{int(room > 5)}f}" if share else "-"
