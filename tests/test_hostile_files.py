@@ -118,7 +118,7 @@ def test_odd_texts_train_and_talk(cli, name):
     raw, encoding, prompt = TEXTS[name]
     Path("odd.txt").write_bytes(raw)
     options = ["--data", "odd.txt", "--encoding", encoding, *TINY, "--max-steps", 3, "--warmup-steps", 1]
-    options += ["--block-size", 512, "--eval-interval", 3] if len(raw) > 1_000_000 else ["--eval-interval", 2]
+    options += ["--block-size", 64, "--eval-interval", 3] if len(raw) > 1_000_000 else ["--eval-interval", 2]
     trained = cli("train", *options)
     assert trained.status == 0, trained.err
     _, tokenizer, story = anexagpt.load_model(Path("model.safetensors"), CPU)
