@@ -24,8 +24,8 @@ def memory(entry):  # MB, as Linux counts it
 anexagpt.torch.zeros(1).add(1)
 before, start = memory("VmRSS"), time.perf_counter()
 corpus = anexagpt.load_corpus("text.txt")
-print(time.perf_counter() - start, memory("VmHWM") - before, corpus.characters, corpus.ids.element_size())
-starts = anexagpt.window_starts(0, 1000, 6, corpus.characters, 256, 1)
+print(time.perf_counter() - start, memory("VmHWM") - before, len(corpus.ids), corpus.ids.element_size())
+starts = anexagpt.window_starts(0, 1000, 6, len(corpus.ids), 256, 1)
 for ids in corpus.ids, corpus.ids.clone():
     start = time.perf_counter()
     for step in starts:
