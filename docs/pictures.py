@@ -46,7 +46,7 @@ TALK = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why"
 
 
 class Recipe:
-    """The default optimizer: embeddings, LayerNorms and biases to AdamW, matrices to Muon or, at a rate, to AdamW, too."""
+    """The default optimizer: embeddings, LayerNorms, biases to AdamW, matrices to Muon or, at a rate, to AdamW, too."""
 
     def __init__(self, model: anexa.GPT, cfg: anexa.TrainConfig, dtype: torch.dtype, adamw: float | None):
         matrices = [p for p in model.h.parameters() if p.dim() == 2]
