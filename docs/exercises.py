@@ -29,9 +29,8 @@ TOKENIZER = anexa.Tokenizer.of(TEXT)
 CONFIG = anexa.GPTConfig(vocab_size=len(TOKENIZER), block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
-def train(model: anexa.GPT, text: str = TEXT, steps: int = 0) -> list[tuple[int, float, float]]:
+def train(model: anexa.GPT, text: str = TEXT, steps: int = STEPS) -> list[tuple[int, float, float]]:
     """The loop of new_architecture.md; step, training loss and validation loss, ten times on the way."""
-    steps = steps or STEPS
     cfg = anexa.TrainConfig(max_steps=steps, batch_size=8, seed=1)
     ids, examined = anexa.split(TOKENIZER.encode(text))
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
@@ -170,7 +169,7 @@ def residual() -> None:
 
 def overfit() -> None:
     """A short text is learnt by heart: the validation loss turns while the training loss goes on falling."""
-    history = train(new(), TEXT[:3_000])
+    history = train(new(), TEXT[:2_000], 450)
     for step, training, validation in history:
         print(f"step {step:4}: training {training:.2f}, validation {validation:.2f}")
     assert history[-1][1] < history[0][1] and history[-1][2] > min(v for _, _, v in history) + 0.02
@@ -193,9 +192,7 @@ def cache_() -> None:
             text.append(slow[-1])
     end = time.perf_counter()
     same = sum(a == b for a, b in zip(quick, slow, strict=True))
-    print(
-        f"{200 / (middle - start):,.0f} char/s with the cache, {200 / (end - middle):,.0f} without; alike: {same} of 200"
-    )
+    print(f"{200 / (middle - start):,.0f} char/s with the cache, {200 / (end - middle):,.0f} without; alike: {same}")
     assert same == 200
 
 
