@@ -633,54 +633,19 @@ class Tokenizer:
 # the next character, at every position at once.
 
 
-class Cache:
-    """Keys and values of the positions read so far, so that one more character costs one position's arithmetic.
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Mix of the values v (B, H, T, D), for each query q (B, H, T, D) by its likeness to the keys k (B, H, T, D).
 
-    On a CPU it gives what has been read, elsewhere always all S positions and a mask: shapes that never change and
-    `positions` on the device let a CUDA graph record the reading of one character.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, device, dtype=torch.float32):
-        L, H, S, D = config.n_layer, config.n_head, config.block_size, config.n_embd // config.n_head
-        self.keys = torch.zeros(L, batch, H, S, D, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.everywhere = torch.arange(S, device=device)
-        self.length = 0
-
-    def take(self, T: int) -> None:
-        """Make room for the next T positions."""
-        self.positions = self.everywhere[self.length : self.length + T]
-        self.length += T
-        fixed = self.everywhere.device.type != "cpu"
-        self.given = len(self.everywhere) if fixed else self.length
-        # Position t may look at itself and at what came before; what lies behind it has not been written yet.
-        self.mask = self.everywhere <= self.positions[:, None] if fixed else None  # (T, S)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) of the new positions; returns those of all positions (B, H, S, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, self.positions, k)
-        values.index_copy_(2, self.positions, v)
-        return keys[:, :, : self.given], values[:, :, : self.given]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Mix of the values v (B, H, S, D), for each query q (B, H, T, D) by its likeness to the keys k (B, H, S, D).
-
-    mask    (T, S), True where a query may look; None: the queries are the last T of the S positions, and each may look
-            at itself and back
+    A position may look at itself and back, for what follows it is what it has to predict.
     source  Vaswani et al. 2017, "Attention Is All You Need", equation 1
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # None only if S == T
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # PyTorch's fused kernel is several times slower than these lines for short contexts in bfloat16 on a CPU.
-    (B, H, T, D), S = q.shape, k.shape[2]
-    scores = (q * D**-0.5).reshape(B * H, T, D) @ k.reshape(B * H, S, D).mT  # (B * H, T, S)
-    if mask is None and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    if mask is not None:  # in place: scores is the largest tensor of all
-        scores += torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, S, -1)).view(B, H, T, -1)
+    B, H, T, D = q.shape
+    scores = (q * D**-0.5).reshape(B * H, T, D) @ k.reshape(B * H, T, D).mT  # (B * H, T, T)
+    scores += torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)  # in place: it is the largest tensor of all
+    return (torch.softmax(scores, dim=-1) @ v.reshape(B * H, T, -1)).view(B, H, T, -1)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -705,14 +670,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, kept: list[Tensor] | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, D) each
-        if cache is None:
-            y = attention(q, k, v, None)
-        else:
-            y = attention(q, *cache.extend(layer, k, v), cache.mask)
+        qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, D)
+        if kept is not None:
+            kept.append(qkv)
+        y = attention(*qkv)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -740,8 +704,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout or 0.0
 
-    def forward(self, x: Tensor, layer: int, cache: Cache | None) -> Tensor:
-        x = x + dropout(self.attn(self.ln_1(x), layer, cache), self.dropout, self.training)
+    def forward(self, x: Tensor, kept: list[Tensor] | None) -> Tensor:
+        x = x + dropout(self.attn(self.ln_1(x), kept), self.dropout, self.training)
         return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
@@ -763,21 +727,19 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, kept: list[Tensor] | None = None) -> Tensor:
         """Logits (B, T, V) of the character after each of `ids` (B, T).
 
-        With a cache, `ids` follow what the cache has already read, and only their own logits are computed.
-        raises  IndexError if the context would grow beyond block_size
+        kept    a list that gets queries, keys and values (3, B, H, T, D) of every block
+        raises  IndexError if T is more than block_size
         """
         T = ids.shape[1]
-        if (cache.length if cache else 0) + T > self.config.block_size:
+        if self.config.block_size < T:
             raise IndexError(f"a context of more than block_size = {self.config.block_size} characters")
-        if cache:
-            cache.take(T)
-        x = self.wte(ids) + (self.wpe(cache.positions) if cache else self.wpe.weight[:T])  # (B, T, C)
+        x = self.wte(ids) + self.wpe.weight[:T]  # (B, T, C)
         x = dropout(x, self.config.dropout or 0.0, self.training)
-        for layer, block in enumerate(self.h):
-            x = block(x, layer, cache)
+        for block in self.h:
+            x = block(x, kept)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
 
 
@@ -1099,6 +1061,45 @@ def default_dropout(passes: float) -> float:
     return 0.0 if passes < 4 else 0.05 if passes < 40 else 0.2
 
 
+class Replay:
+    """Some work for the device that is done again and again; on CUDA as the replay of a graph, which costs one launch.
+
+    The work must find and leave all its numbers in tensors that stay where they are, and never wait for the device. It
+    is recorded as a graph after its first three times. Should that fail, it says so, and goes on without.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device):
+        self.work, self.graph = work, None
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.eager_left = 3  # times before the graph is recorded
+
+    def __call__(self) -> None:
+        if self.graph:
+            self.graph.replay()
+        elif self.stream is None:
+            self.work()
+        elif self.eager_left:
+            self.eager_left -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            self.record()
+            self()
+
+    def record(self) -> None:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.work()
+            self.graph = graph
+        except RuntimeError as error:
+            say(f"NOTE: no CUDA graph on this device ({str(error).splitlines()[0]}); going on without, which is slower")
+            self.stream = None
+
+
 class Trainer:
     """A model in training and everything that changes with it. One `update` after another, the rest reads or saves."""
 
@@ -1127,9 +1128,7 @@ class Trainer:
         self.rates = torch.zeros(self.CHUNK, device=device)
         self.starts = torch.zeros(self.CHUNK, cfg.batch_size, dtype=torch.long, device=device)
         self.window = torch.arange(config.block_size + 1, device=device)
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager_left = 3 if device.type == "cuda" else sys.maxsize  # updates before the graph is recorded
+        self.replay = Replay(self._update, device)
 
     def _update(self) -> None:
         """One optimizer update: shapes that never change, and nothing that waits for the device."""
@@ -1149,7 +1148,7 @@ class Trainer:
         self.at += 1
 
     def update(self) -> None:
-        """Do the next update: on CUDA as the replay of a graph, recorded after the first few, that costs one launch."""
+        """Do the next update."""
         if self.chunk != self.step // self.CHUNK:
             self.chunk = self.step // self.CHUNK
             first, T = self.chunk * self.CHUNK, self.model.config.block_size
@@ -1158,31 +1157,8 @@ class Trainer:
             starts = window_starts(first, self.CHUNK, self.cfg.batch_size, len(self.ids), T, self.cfg.seed)
             self.rates[: last - first].copy_(rates)
             self.starts.copy_(starts)
-        if self.eager_left:
-            self.eager_left -= 1
-            if self.stream:
-                self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # does nothing where there is no CUDA
-                self._update()
-            if self.stream:
-                torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            if self.graph is None:
-                self.record()
-            self.graph.replay() if self.graph else self._update()
+        self.replay()
         self.step += 1
-
-    def record(self) -> None:
-        """Record an update as a CUDA graph; should that fail, say so, and go on without."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._update()
-            self.graph = graph
-        except RuntimeError as error:
-            say(f"NOTE: no CUDA graph on this device ({str(error).splitlines()[0]}); going on without, which is slower")
-            self.eager_left = sys.maxsize
 
     def evaluate(self) -> None:
         """Measure both losses, note them in the history, and keep the weights if they are the best so far.
@@ -1427,7 +1403,9 @@ def choose(logits: Tensor, cfg: SampleConfig, generator: torch.Generator, seen: 
     logits = adjust(logits, cfg, seen)
     if cfg.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # The first to ring of alarms that ring at these rates: torch.multinomial's own way, without its checks.
+    rates = logits.softmax(-1)
+    return (rates / torch.empty_like(rates).exponential_(generator=generator)).argmax(-1)
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -1440,6 +1418,70 @@ def window_start(n: int, block_size: int) -> int:
     return 0 if n <= block_size else -(-(n - block_size) // half) * half
 
 
+class Decoder:
+    """Reads `batch` texts character by character; what it has read stays, as keys and values, in a cache.
+
+    It is GPT's forward pass written for one position: so small a network is done sooner than its modules are called. On
+    a CPU a position looks at what has been read, on CUDA at the whole cache through a mask, since a graph wants shapes
+    that never change.
+    """
+
+    def __init__(self, model: GPT, batch: int):
+        config, self.model = model.config, model
+        L, H, S, D = config.n_layer, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.wte, self.wpe, self.ln_f = model.wte.weight, model.wpe.weight, list(model.ln_f.parameters())
+        self.blocks = [list(block.parameters()) for block in model.h]
+        self.cache = self.wte.new_zeros(L, 2, batch * H, S, D)  # keys, values
+        self.everywhere = torch.arange(S, device=self.wte.device)
+        # Where a step finds its input and leaves its result.
+        self.length, self.position = 0, self.everywhere[:1].clone()
+        self.ids = self.everywhere.new_zeros(batch)
+        self.logits = self.wte.new_zeros(batch, config.vocab_size)
+        self.replay = Replay(self._step, self.wte.device)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) of what follows the texts `ids` (B, T), or (1, T) for all texts alike; a new beginning."""
+        B, self.length, kept = len(self.ids), ids.shape[1], []
+        self.logits.copy_(self.model(ids, kept)[:, -1])
+        for cache, qkv in zip(self.cache, kept, strict=True):
+            cache[:, :, : self.length] = qkv[1:].expand(-1, B, -1, -1, -1).flatten(1, 2)
+        return self.logits
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) of what follows when each text goes on with one of `ids` (B,).
+
+        raises  IndexError if the cache is full
+        """
+        self.position.copy_(self.everywhere[self.length])
+        self.ids.copy_(ids)
+        self.length += 1
+        self.replay()
+        return self.logits
+
+    def _step(self) -> None:
+        (B, C), D = (len(self.ids), self.wte.shape[1]), self.cache.shape[-1]
+        if self.wte.device.type == "cpu":
+            S, unseen = self.length, self.wte.new_zeros(1)
+        else:
+            S = len(self.everywhere)
+            unseen = self.wte.new_zeros(S).masked_fill_(self.everywhere > self.position, -torch.inf)
+        seen = self.cache[..., :S, :]  # (L, 2, B * H, S, D)
+        keys, values = seen.unbind(1)
+        x = F.embedding(self.ids, self.wte) + F.embedding(self.position, self.wpe)  # (B, C)
+        for block, both, k, v in zip(self.blocks, seen, keys.mT, values, strict=True):
+            ln_1, ln_1_bias, c_attn, c_attn_bias, c_proj, c_proj_bias = block[:6]
+            qkv = F.linear(torch.layer_norm(x, (C,), ln_1, ln_1_bias), c_attn, c_attn_bias)  # (B, 3 * C)
+            qkv = qkv.view(B, 3, -1, D).transpose(0, 1).reshape(3, -1, 1, D)  # (3, B * H, 1, D)
+            both.index_copy_(2, self.position, qkv[1:])
+            scores = torch.baddbmm(unseen, qkv[0], k, alpha=D**-0.5)  # (B * H, 1, S)
+            y = torch.bmm(torch.softmax(scores, dim=-1), v).view(B, C)
+            x = x + F.linear(y, c_proj, c_proj_bias)
+            ln_2, ln_2_bias, c_fc, c_fc_bias, c_proj, c_proj_bias = block[6:]
+            y = F.linear(torch.layer_norm(x, (C,), ln_2, ln_2_bias), c_fc, c_fc_bias)  # (B, 4 * C)
+            x = x + F.linear(F.gelu(y, approximate="tanh"), c_proj, c_proj_bias)
+        self.logits.copy_(F.linear(torch.layer_norm(x, (C,), *self.ln_f), self.wte))
+
+
 @torch.inference_mode()
 def stream(
     model: GPT, prompt: Tensor, cfg: SampleConfig, generator: torch.Generator, batch: int = 1
@@ -1449,21 +1491,22 @@ def stream(
     Memory does not grow with the length of the text.
     """
     device, T = model.wte.weight.device, model.config.block_size
-    length = len(prompt)
     seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool)
     seen[:, prompt.long()] = True
-    window = prompt[window_start(length, T) :].long().to(device).expand(batch, -1)  # (B, S)
-    cache, unread = Cache(model.config, batch, device), window
+    context = prompt[window_start(len(prompt), T) :].long()  # (S,)
+    window, decoder = list(context.expand(batch, -1).unbind(1)), Decoder(model, batch)
+    logits = decoder.read(context[None].to(device))
     while True:
-        ids = choose(model(unread, cache)[:, -1], cfg, generator, seen)  # (B,)
+        ids = choose(logits, cfg, generator, seen)  # (B,)
         yield ids
-        seen.scatter_(1, ids[:, None], True)
-        length += 1
-        unread = ids[:, None].to(device)  # (B, 1)
-        window = torch.cat((window, unread), dim=1)
-        if window.shape[1] > T:
-            cache.length = 0
-            unread = window = window[:, window_start(T + 1, T) :]
+        if cfg.repetition_penalty != 1:
+            seen.scatter_(1, ids[:, None], True)
+        window.append(ids)
+        if len(window) > T:
+            window = window[window_start(T + 1, T) :]
+            logits = decoder.read(torch.stack(window, dim=1).to(device))
+        else:
+            logits = decoder.step(ids)
 
 
 def write(
@@ -1629,14 +1672,11 @@ def attn_view(model: GPT, tokenizer: Tokenizer, text: str, layer: int | None, he
             raise UserError(f"--{name} {number}: must be from 1 to {last}")
     layer, ids = layer or config.n_layer, tokenizer.encode(text or "\n")
     ids = ids[window_start(len(ids), config.block_size) :].long().to(device)
-    caught: list[Tensor] = []
-    hook = model.h[layer - 1].attn.c_attn.register_forward_hook(lambda module, x, qkv: caught.append(qkv))
-    model(ids[None])
-    hook.remove()
-    T, H = len(ids), config.n_head
-    q, k, _ = caught[0].view(1, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
+    kept: list[Tensor] = []
+    model(ids[None], kept)
+    T, H, (q, k, _) = len(ids), config.n_head, kept[layer - 1]  # (1, H, T, D) each
     # Attention mixes values by weights: mixing the rows of the unit matrix gives the weights themselves.
-    weights = attention(q, k, torch.eye(T, device=device).expand(1, H, T, T), None)[0].cpu()  # (H, T, T)
+    weights = attention(q, k, torch.eye(T, device=device).expand(1, H, T, T))[0].cpu()  # (H, T, T)
     weights = weights.mean(0) if head is None else weights[head - 1]  # (T, T)
 
     n = min(T, (frame.width - 16) // 2, max(8, frame.height - 4))

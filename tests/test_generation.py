@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from test_model import network
 
 import anexagpt
-from anexagpt import GPTConfig, SampleConfig, Tokenizer, adjust, choose, load_model, random_source, stream, window_start
+from anexagpt import (
+    Decoder,
+    GPTConfig,
+    SampleConfig,
+    Tokenizer,
+    adjust,
+    choose,
+    load_model,
+    random_source,
+    stream,
+    window_start,
+)
 from anexagpt import write as written
 
 V = 40
@@ -132,6 +143,53 @@ def test_frequencies():
     assert counted[0] == 0 and torch.allclose(counted, share, atol=5 * (0.25 / 20_000) ** 0.5)
 
 
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+SMALL = GPTConfig(31, 24, 3, 4, 32, 0.0)
+IN_FLOAT64 = network(SMALL, dtype=torch.float64)
+
+
+def decoded(model, ids, T: int) -> torch.Tensor:
+    """Logits of what follows the first T and more of ids (B, 24), the first T read at once, the others one by one."""
+    decoder = Decoder(model, len(ids))
+    rows = [decoder.read(ids[:, :T]).clone()] + [decoder.step(column).clone() for column in ids[:, T:].unbind(1)]
+    return torch.stack(rows, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 2, 17, 24])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoder_equals_the_model(T, batch):
+    """Catches a position, mask or key that is off by one, and any other difference between the two ways to write it."""
+    ids = torch.randint(31, (batch, 24), generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(decoded(IN_FLOAT64, ids, T), IN_FLOAT64(ids)[:, T - 1 :], atol=1e-10)
+
+
+@torch.no_grad()
+def test_decoder_used_again():
+    """Catches an old text that shines through a new beginning, and a cache that overflows without a word."""
+    ids = torch.randint(31, (2, 24), generator=torch.Generator().manual_seed(4))
+    decoder = Decoder(IN_FLOAT64, 2)
+    decoder.read(ids)
+    with pytest.raises(IndexError):
+        decoder.step(ids[:, 0])
+    decoder.read(ids[:1, 5:9])  # one text for both
+    got = decoder.step(ids[:, 9])
+    for row, last in zip(got, ids[:, 9], strict=True):
+        assert torch.allclose(row, IN_FLOAT64(torch.cat((ids[0, 5:9], last[None]))[None])[0, -1], atol=1e-10)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_decoder_on_cuda():
+    """Catches a graph that forgets to move on, or a mask that hides or shows one position too many."""
+    model = network(SMALL)
+    ids = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(3))
+    expected = model(ids)
+    for row in (1, 5):
+        assert torch.allclose(decoded(model.cuda(), ids.cuda(), row).cpu(), expected[:, row - 1 :], atol=1e-3)
+
+
 # ---- context ---------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +224,8 @@ def test_stream_equals_the_uncached_path(monkeypatch, T, length, batch):
         return text[:, n]
 
     monkeypatch.setattr(anexagpt, "choose", forced)
-    made = list(itertools.islice(stream(model, text[0, :length], SampleConfig(), torch.Generator(), batch), 40))
+    cfg = SampleConfig(repetition_penalty=1.5)  # which wants to know what has been seen
+    made = list(itertools.islice(stream(model, text[0, :length], cfg, torch.Generator(), batch), 40))
     assert torch.equal(torch.stack(made, dim=1), text[:, length:])
     with torch.no_grad():
         for i, logits in enumerate(seen):

@@ -580,10 +580,10 @@ def test_graph_equals_eager_updates(monkeypatch):
     for eager in (False, True):
         it = trainer(GPTConfig(12, 16, 2, 2, 16, 0.0), device=torch.device("cuda"))
         if eager:
-            it.eager_left = 10**9
+            it.replay.eager_left = 10**9
         for _ in range(30):
             it.update()
-        assert (it.graph is None) is eager
+        assert (it.replay.graph is None) is eager
         runs.append(it.losses.cpu())
     assert torch.allclose(*runs, atol=1e-3) and runs[0][-1] < runs[0][0]
 
@@ -598,7 +598,7 @@ def test_dropout_inside_a_graph():
         it.model.wte.weight.mul_(20)
     for _ in range(30):
         it.update()
-    assert it.graph is not None and len(it.losses[-10:].unique()) == 10
+    assert it.replay.graph is not None and len(it.losses[-10:].unique()) == 10
 
 
 @pytest.mark.cuda
@@ -621,7 +621,7 @@ def test_training_on_cuda_continues(tmp_path):
 def test_graph_that_cannot_be_recorded(monkeypatch, capsys):
     """Catches an old GPU or driver that ends the training: one line, and it goes on without the graph."""
     it = trainer()
-    it.eager_left = 0
+    it.replay.stream, it.replay.eager_left = object(), 0
 
     class Graph:
         def __enter__(self):
@@ -635,7 +635,7 @@ def test_graph_that_cannot_be_recorded(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **options: Graph())
     for _ in range(3):
         it.update()
-    assert it.step == 3 and float(it.losses[:3].min()) > 0 and it.graph is None
+    assert it.step == 3 and float(it.losses[:3].min()) > 0 and it.replay.graph is None
     notes = capsys.readouterr().err
     assert notes.count("\n") == 1 and "operation not permitted" in notes
 
