@@ -95,7 +95,7 @@ def heads() -> None:
 def mask() -> None:
     """Without the mask the next character can be looked up: a tiny training loss, and a model that cannot write."""
 
-    def sees_all(q, k, v, mask):
+    def sees_all(q, k, v):
         return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
 
     model, (_, fair, _) = new(), honest()
@@ -117,10 +117,10 @@ class Untied(anexa.GPT):
         self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
         torch.nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, kept=None):
         x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
-        for layer, block in enumerate(self.h):
-            x = block(x, layer, None)
+        for block in self.h:
+            x = block(x, kept)
         return self.head(self.ln_f(x))
 
 
@@ -158,8 +158,8 @@ def shuffle() -> None:
 def residual() -> None:
     """Without `x +` the zeros of c_proj let nothing through, forwards or backwards: only frequencies are learnt."""
 
-    def forward(self, x, layer, cache):
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x), layer, cache)))
+    def forward(self, x, kept):
+        return self.mlp(self.ln_2(self.attn(self.ln_1(x), kept)))
 
     with replaced(anexa.Block, "forward", forward):
         _, _, loss = train(new())[-1]

@@ -182,32 +182,23 @@ def model(path: Path) -> dict:
         print(f"temperature {temperature}: {samples[f'{temperature:g}']!r}")
 
     text = "said Sherlock Holmes"
-    heads = {}
-    for layer in range(gpt.config.n_layer):
-        caught: list = []
-        hook = gpt.h[layer].attn.c_attn.register_forward_hook(lambda m, x, qkv, caught=caught: caught.append(qkv))
-        with torch.no_grad():
-            gpt(tokenizer.encode("\n" + text)[None].long())
-        hook.remove()
-        T, H = len(text) + 1, gpt.config.n_head
-        q, k, _ = caught[0].view(1, T, 3, H, -1).permute(2, 0, 3, 1, 4)
-        weights = anexa.attention(q, k, torch.eye(T).expand(1, H, T, T), None)[0]  # (H, T, T)
-        heads |= {f"{layer + 1}.{head + 1}": weights[head] for head in range(H)}
-    attention = dict(
-        text="\n" + text, heads={n: [[round(w, 3) for w in r] for r in h.tolist()] for n, h in heads.items()}
-    )
+    kept: list = []
+    with torch.no_grad():
+        gpt(tokenizer.encode("\n" + text)[None].long(), kept)
+    T, H, heads = len(text) + 1, gpt.config.n_head, {}
+    for layer, (q, k, _) in enumerate(kept, start=1):
+        weights = anexa.attention(q, k, torch.eye(T).expand(1, H, T, T))[0]  # (H, T, T)
+        heads |= {f"{layer}.{head + 1}": weights[head] for head in range(H)}
+    maps = {name: [[round(w, 3) for w in row] for row in head.tolist()] for name, head in heads.items()}
+    attention = dict(text="\n" + text, heads=maps)
 
     own = anexa.write(gpt, tokenizer, "\n", anexa.SampleConfig(max_new=257), anexa.random_source(1), batch=6)
     written = torch.stack([tokenizer.encode("".join(pieces))[:257].long() for pieces in zip(*own, strict=True)])
     anexa.loss_of(gpt(written[:, :-1]), written[:, 1:]).backward()
     weight = gpt.h[0].attn.c_proj.weight
-    after = anexa.orthogonalise(weight.grad[None])[0]
-    values = [
-        [round(s, 5) for s in torch.linalg.svdvals(m).tolist()] for m in (weight.grad / weight.grad.norm(), after)
-    ]
-    corner = [
-        [[round(x, 4) for x in row] for row in (m / m.abs().max())[:18, :18].tolist()] for m in (weight.grad, after)
-    ]
+    both = weight.grad / weight.grad.norm(), anexa.orthogonalise(weight.grad[None])[0]
+    values = [[round(value, 5) for value in torch.linalg.svdvals(m).tolist()] for m in both]
+    corner = [[[round(x, 3) for x in row] for row in (m / m.abs().max())[:18, :18].tolist()] for m in both]
     muon = dict(matrix="h.0.attn.c_proj", shape=list(weight.shape), values=values, corner=corner)
     found = dict(about=str(story), temperatures=temperatures, samples=samples, attention=attention, muon=muon)
     return found | dict(talk=talk(gpt, tokenizer, story), views=views(gpt, tokenizer))
