@@ -210,8 +210,8 @@ def talk(gpt: anexa.GPT, tokenizer: anexa.Tokenizer, story: anexa.Story) -> str:
     with redirect_stdout(screen), redirect_stderr(screen):
         print(f"model.safetensors: {story}\n\n--- Interactive Generation ---")
         print("Enter a prompt to continue (or 'quit' to exit)")
-        session = anexa.Session(gpt, tokenizer, story, anexa.SampleConfig(max_new=180, seed=5))
-        session.console = Console(file=screen, width=80, force_terminal=True, color_system="truecolor")
+        session = anexa.Session(gpt, tokenizer, story, anexa.SampleConfig(max_new=150, seed=5))
+        session.console = Console(file=screen, width=80, height=13, force_terminal=True, color_system="truecolor")
         for line in TALK:
             print(f"Prompt: {line}")
             session.respond(line)
@@ -312,7 +312,7 @@ def draw_curves(runs: dict) -> None:
     reached = next(step for step, loss in runs["Muon"] if loss <= runs[best][-1][1])
     y = place(0, runs[best][-1][1])[1]
     picture.line([(place(reached, 0)[0], y), (right, y)], GREY, 1, "4 4")
-    picture.text(place(reached, 0)[0] + 14, y - 8, f"reached by Muon at step {reached:,}", GREY, 13)
+    picture.text(right, y + 16, f"Muon: step {reached:,}", GREY, 13, "end")
     picture.text(right + 10, top + 12, "thin: AdamW at", "#5d8fbd", 13)
     others = [name[6:] for name in runs if name not in ("Muon", best)]
     picture.text(right + 10, top + 30, ", ".join(others), "#5d8fbd", 13)
