@@ -33,24 +33,27 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import importlib
 import inspect
 import json
 import math
 import os
+import queue
 import re
-import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 __version__ = "1.0.0"
@@ -344,6 +347,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 if Version(torch.__version__) < Version("2.9"):
@@ -354,7 +358,10 @@ if Version(torch.__version__) < Version("2.9"):
 
 def say(text: str = "") -> None:
     """Print a line for the person: to standard error, so that standard output holds generated text and nothing else."""
-    print(printable(text), file=sys.stderr, flush=True)
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def printable(text: str) -> str:
@@ -364,6 +371,51 @@ def printable(text: str) -> str:
         else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )  # fmt: skip
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed have left of `path`, half-written."""
+    for name in os.listdir(path.parent) if path.parent.is_dir() else ():
+        if not (part := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.tmp", name)):
+            continue
+        with suppress(OSError):
+            if os.name == "posix" and int(part[1]) != os.getpid():  # Windows removes nothing that is open
+                with suppress(ProcessLookupError):
+                    os.kill(int(part[1]), 0)
+                    continue  # it lives, and writes
+            (path.parent / name).unlink()
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[typing.BinaryIO]:
+    """A file to be written that takes the place of `path` when it is whole and on the disk; until then the old stays.
+
+    mode    the most that others may do with it; the old file's mode or the person's umask may allow less
+    """
+    sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if old := path.exists():
+        mode &= path.stat().st_mode
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is no ordinary file", str(path))  # /dev/null must stay what it is
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if old:
+            temporary.chmod(mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not tell which file it was
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        with suppress(OSError):  # the new name on the disk as well, or a power cut could bring back the old file
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -443,55 +495,96 @@ def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
     return text
 
 
-def fetch(url: str, path: Path, accept: Callable[[bytes], bool], patience: float = 30.0) -> None:
-    """Download `url` to `path`; the file appears whole or not at all.
+def receive(url: str, patience: float) -> Iterator[str | bytes]:
+    """What a server answers: first how long the text is, in the server's words, then the text as it arrives.
 
-    accept    whether the bytes are what was wanted
-    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
-    raises    DownloadError saying why not
+    raises  DownloadError, or an exception of requests or urllib3
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     # One more try where nobody answers: without a network that must not take long.
     again = (429, 500, 502, 503, 504)
     retry = urllib3.Retry(
         3, connect=1, read=1, backoff_factor=0.5, status_forcelist=again, respect_retry_after_header=False
     )
-    start = time.monotonic()
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
         session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+        session.headers["Accept-Encoding"] = "identity"  # a few compressed bytes can become more than the memory holds
+        with session.get(url, stream=True, timeout=(10, patience)) as answer:
+            if answer.status_code != 200:
+                raise DownloadError(f"the server answered {answer.status_code} {printable(answer.reason)[:50]}")
+            if "html" in answer.headers.get("Content-Type", ""):
+                raise DownloadError("the server sent a web page, not a text")
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise DownloadError("the server compressed the text, which nobody asked for")
+            yield answer.headers.get("Content-Length", "")
+            # What has arrived, however little: to wait for a whole block would hide a server that drips.
+            while piece := answer.raw.read1(1 << 16):
+                yield piece
+
+
+def hurried(pieces: Iterator[str | bytes], patience: float) -> Iterator[str | bytes]:
+    """`pieces` as they come, from a thread that is left alone when it is too slow: the time-outs of sockets begin anew
+    with each byte.
+
+    raises  DownloadError after `patience` seconds and one more for every 5 kB
+    """
+    arrived, size, start = queue.Queue(8), 0, time.monotonic()
+
+    def work():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with session.get(url, stream=True, timeout=(10, patience)) as answer, open(temporary, "wb") as file:
-                if answer.status_code != 200:
-                    raise DownloadError(f"the server answered {answer.status_code} {answer.reason}")
-                if "html" in answer.headers.get("Content-Type", ""):
-                    raise DownloadError("the server sent a web page, not a text")
-                size = answer.headers.get("Content-Length", "")
-                size = int(size) if size.isdigit() and "Content-Encoding" not in answer.headers else None
-                with progress(f"Downloading {path.name}", size) as advance:
-                    # What has arrived, however little: to wait for a whole block would hide a server that drips.
-                    while chunk := answer.raw.read1(1 << 16, decode_content=True):
-                        advance(file.write(chunk))
-                        if file.tell() > MAX_DOWNLOAD:
-                            raise DownloadError(f"the answer is longer than {MAX_DOWNLOAD >> 30} GiB")
-                        if time.monotonic() - start > patience + file.tell() / 5_000:
-                            raise DownloadError("the server sends less than 5 kB/s")
-                file.flush()
-                os.fsync(file.fileno())
-            if not accept(temporary.read_bytes()):
+            for piece in pieces:
+                arrived.put(piece)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        try:
+            piece = arrived.get(timeout=max(0, start + patience + size / 5_000 - time.monotonic()))
+        except queue.Empty:
+            raise DownloadError("the server sends less than 5 kB/s" if size else "no answer") from None
+        if piece is None:
+            return
+        if isinstance(piece, Exception):
+            raise piece
+        size += len(piece)
+        yield piece
+
+
+def fetch(url: str, path: Path, accept: Callable[[Path], bool], most: int = 0, patience: float = 30.0) -> None:
+    """Download `url` to `path`; the file appears whole or not at all.
+
+    accept    whether what a file holds is what was wanted
+    most      bytes that it may have (0: MAX_DOWNLOAD)
+    patience  seconds without an answer, or below 5 kB/s, after which the address is given up
+    raises    DownloadError saying why not; UserError if `path` cannot be written
+    """
+    most = most or MAX_DOWNLOAD
+    try:
+        pieces = hurried(receive(url, patience), patience)
+        length = next(pieces)
+        length = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file, progress(f"Downloading {path.name}", length) as advance:
+            for piece in pieces:
+                advance(file.write(piece))
+                if file.tell() > most:
+                    raise DownloadError(f"the answer is longer than {most >> 20:,} MiB")
+            file.flush()
+            if not accept(Path(file.name)):
                 raise DownloadError("what the server sent is not that text, or not all of it")
-            os.replace(temporary, path)
-        except requests.Timeout:
-            raise DownloadError("no answer") from None
-        except requests.exceptions.RetryError:
-            raise DownloadError("the server is out of order or busy") from None
-        except requests.ConnectionError:
-            raise DownloadError("no connection, or it broke") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-            raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+    except requests.Timeout:
+        raise DownloadError("no answer") from None
+    except requests.exceptions.RetryError:
+        raise DownloadError("the server is out of order or busy") from None
+    except requests.ConnectionError:
+        raise DownloadError("no connection, or it broke") from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+        raise DownloadError(f"{type(error).__name__} {printable(str(error))[:100]}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or start in another folder") from None
 
 
 @contextmanager
@@ -507,30 +600,39 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
+def copy_of(name: str, folder: Path = Path("data")) -> Path:
+    """Where the copy of a built-in text or of an address is kept."""
+    if name in SOURCES:
+        return folder / f"{name}.txt"
+    stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
+    return folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
+
+
 def download(name: str, folder: Path = Path("data")) -> bytes:
     """The bytes of a built-in text or of an address, from the copy in `folder` or, the first time, from the network.
 
     raises  DownloadError if no mirror gives it
     """
-    if source := SOURCES.get(name):
-        mirrors, path = source.mirrors, folder / f"{name}.txt"
-        ending = source.ending.encode()
-    else:
-        mirrors, ending = (name,), b""
-        stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
-        path = folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
+    source, path = SOURCES.get(name), copy_of(name, folder)
+    mirrors, most = (source.mirrors, min(1 << 24, MAX_DOWNLOAD)) if source else ((name,), MAX_DOWNLOAD)
 
-    def accept(raw: bytes) -> bool:
+    def accept(path: Path) -> bool:
+        with open(path, "rb") as file:
+            raw = file.read(-1 if source else 200)
         if raw[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")) or not raw:
             return False
-        return ending in b" ".join(raw.split())  # lines break elsewhere in every edition
+        try:  # lines break elsewhere in every edition
+            return not source or source.ending in " ".join(raw.decode().split())
+        except UnicodeDecodeError:
+            return False
 
-    if path.exists() and accept(raw := path.read_bytes()):
-        return raw
+    sweep(path)
+    if path.exists() and accept(path):
+        return path.read_bytes()
     reasons = []
     for url in mirrors * 2:  # the second time round for connections that broke half-way
         try:
-            fetch(url, path, accept)
+            fetch(url, path, accept, most)
             return path.read_bytes()
         except DownloadError as error:
             reasons.append(f"{url.split('/')[2]}: {error}")
@@ -554,7 +656,7 @@ def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
         if name == FALLBACK:
             return Corpus(name, python_docs())
         if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
-            return Corpus(name, prepare(download(name), name, encoding))
+            return Corpus(name, prepare(download(name), name, "utf-8" if name in SOURCES else encoding))
         return Corpus(name, prepare(Path(name).read_bytes(), name, encoding))
     except DownloadError as error:
         if data is None:
@@ -847,22 +949,13 @@ class Story:
 
 def save_file(path: Path, tensors: dict[str, Tensor], story: Story) -> None:
     """Write tensors and story to `path`, which keeps its old content until the new one is safely on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    content = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, story.metadata())
     try:
-        content = safetensors.torch.save(
-            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, story.metadata()
-        )
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another --out") from None
 
 
 def parse_story(metadata: dict[str, str]) -> Story:
@@ -914,7 +1007,12 @@ def parse_story(metadata: dict[str, str]) -> Story:
         raise ValueError("its step or validation_loss is out of range")
     before = 0
     for row in told["history"]:
-        if not isinstance(row, list) or len(row) != 3 or not all(map(number, row)) or not before < row[0]:
+        if (
+            not isinstance(row, list)
+            or len(row) != 3
+            or not all(map(number, row))
+            or not before < row[0] == int(row[0])
+        ):
             raise ValueError("its history is not made of step, training loss and validation loss, in order")
         before = row[0]
     return Story(**told)
@@ -926,6 +1024,8 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
     raises  UserError if there is no such file, or it is not whole, or not ours
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")  # to open a pipe would wait for a writer
         with safetensors.safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             story = parse_story(file.metadata() or {})
@@ -968,7 +1068,12 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
         demand(
             shape == tuple(weight.shape) and dtype == "F32", f"{name} is {shape} {dtype}, not {tuple(weight.shape)} F32"
         )
-    weights = safetensors.torch.load_file(path, device=str(device))
+    try:
+        weights = safetensors.torch.load_file(path, device=str(device))
+    except (OSError, safetensors.SafetensorError):
+        weights = {}
+    shapes = {name: shape for name, (shape, _) in found.items()}
+    demand({name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "it has just changed")
     for name, weight in weights.items():
         demand(bool(weight.isfinite().all()), f"{name} has values that are not finite")
     if exported:
@@ -1005,37 +1110,98 @@ def choose_device(wanted: DeviceConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The first 90% of a text to learn from, the last 10% to be examined on."""
-    n = len(ids) * 9 // 10
+    """The first 90% of a text to learn from, and the rest, a million characters at most, to be examined on."""
+    n = max(len(ids) * 9 // 10, len(ids) - 1_000_000)
     return ids[:n], ids[n:]
 
 
+class World(typing.NamedTuple):
+    """The place of this process among those of one training that torchrun started; without it there is but one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[World]:
+        """Meet the other processes, and part from them at the end."""
+        if "WORLD_SIZE" not in os.environ:
+            yield cls()
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # What lies on the GPUs goes through NCCL, everything else through gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        yield cls(dist.get_rank(), dist.get_world_size())
+        dist.destroy_process_group()  # not after an error: the others may not be there any more
+
+    def mean(self, values: Tensor) -> None:
+        """Put the mean over all processes in the place of `values`."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Whether some process wishes it, for each of the wishes: what one does, all must do."""
+        wanted = torch.tensor(wishes, dtype=torch.uint8)
+        if self.size > 1:
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        return wanted.bool().tolist()
+
+    def in_turn(self, work: Callable[[], typing.Any]):
+        """The result of `work`, done first by one process of each machine, so that the others find its files."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        result = work() if first else None
+        if self.size > 1:
+            dist.barrier()
+        return result if first else work()
+
+    def told(self, value):
+        """What the first process says."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)  # pickled, but among our own processes only
+        return values[0]
+
+
 @torch.no_grad()
-def evaluate(model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[float, int]:
+def evaluate(
+    model: GPT, ids: Tensor, dtype: torch.dtype = torch.float32, world: World | None = None
+) -> tuple[float, int]:
     """Mean loss over the text `ids` (N,), in nats per character, and the number of characters it is the mean of.
 
     The text is cut into windows of block_size that do not overlap, the last one shorter; every character but the first
     is predicted once, from what precedes it in its window. Characters unknown to the model (id 0) are not counted. No
-    random numbers: the same weights give the same figure.
+    random numbers: the same weights give the same figure. The processes of a world share the work.
     """
-    was_training, T = model.training, model.config.block_size
+    was_training, T, device, world = model.training, model.config.block_size, model.wte.weight.device, world or World()
     model.eval()
-    ids = ids.long()
     whole = (len(ids) - 1) // T * T
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     batches = list(zip(ids[:whole].view(-1, T).split(rows), ids[1 : whole + 1].view(-1, T).split(rows), strict=True))
     batches.append((ids[None, whole:-1], ids[None, whole + 1 :]))
-    total, count = torch.zeros((), dtype=torch.float64 if ids.device.type != "mps" else torch.float32), 0
-    total = total.to(ids.device)
-    for x, y in batches:
+    sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    for x, y in batches[world.rank :: world.size]:
         if not y.numel():  # no whole window, or nothing after the last
             continue
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x, y = x.long().to(device), y.long().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(x)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
-        count += (y != 0).sum()
+        sums[0] += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
+        sums[1] += (y != 0).sum()
+    world.mean(sums)
     model.train(was_training)
-    return float(total / count), int(count)
+    return float(sums[0] / sums[1]), round(float(sums[1]) * world.size)
+
+
+@lru_cache(maxsize=2)
+def dealt(number: int, n_characters: int, block_size: int, seed: int) -> Tensor:
+    """Where the windows begin, in the order of pass `number` over the text: cut at a random offset, and shuffled."""
+    per_pass = max(1, (n_characters - block_size - 1) // block_size)
+    spare = n_characters - block_size * per_pass  # offsets that leave room for the last target
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    offset = torch.randint(spare, (1,), generator=generator)
+    return offset + block_size * torch.randperm(per_pass, generator=generator)
 
 
 def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_size: int, seed: int) -> Tensor:
@@ -1044,21 +1210,19 @@ def window_starts(step: int, n_steps: int, batch: int, n_characters: int, block_
     The text is dealt out like a pack of cards: cut into windows at a random offset, shuffled, used up, then cut and
     shuffled anew. It is a function of the seed and the step alone, so a continued run needs no random state for it.
     """
-    per_pass = max(1, (n_characters - block_size - 1) // block_size)
-    spare = n_characters - block_size * per_pass  # offsets that leave room for the last target
-    first, last = step * batch, (step + n_steps) * batch
-    dealt = []
-    for number in range(first // per_pass, -(-last // per_pass)):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        offset = torch.randint(spare, (1,), generator=generator)
-        dealt.append(offset + block_size * torch.randperm(per_pass, generator=generator))
-    skip = first % per_pass
-    return torch.cat(dealt)[skip : skip + n_steps * batch].view(n_steps, batch)
+    first, last, per_pass = step * batch, (step + n_steps) * batch, len(dealt(0, n_characters, block_size, seed))
+    passes = range(first // per_pass, -(-last // per_pass))
+    starts = torch.cat([dealt(number, n_characters, block_size, seed) for number in passes])
+    return starts[first % per_pass :][: n_steps * batch].view(n_steps, batch)
 
 
 def default_dropout(passes: float) -> float:
     """Dropout for a text seen `passes` times: what is seen often is learnt by heart, unless this prevents it."""
     return 0.0 if passes < 4 else 0.05 if passes < 40 else 0.2
+
+
+class Diverged(UserError):
+    """The loss or a weight is no longer a number, and will never be one again."""
 
 
 class Replay:
@@ -1068,9 +1232,9 @@ class Replay:
     is recorded as a graph after its first three times. Should that fail, it says so, and goes on without.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device):
+    def __init__(self, work: Callable[[], None], graphs: bool):
         self.work, self.graph = work, None
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream() if graphs else None
         self.eager_left = 3  # times before the graph is recorded
 
     def __call__(self) -> None:
@@ -1103,16 +1267,24 @@ class Replay:
 class Trainer:
     """A model in training and everything that changes with it. One `update` after another, the rest reads or saves."""
 
-    CHUNK = 1_000  # updates whose windows are drawn at once
+    CHUNK = 250  # updates whose text is taken to the device at once
 
-    def __init__(self, config: GPTConfig, cfg: TrainConfig, ids: Tensor, device: torch.device, dtype: torch.dtype):
-        self.cfg, self.device, self.dtype, self.step = cfg, device, dtype, 0
+    def __init__(
+        self,
+        config: GPTConfig,
+        cfg: TrainConfig,
+        ids: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World | None = None,
+    ):
+        self.cfg, self.device, self.dtype, self.step, self.world = cfg, device, dtype, 0, world or World()
         self.history: list[list] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss = math.inf
         torch.manual_seed(cfg.seed)
         self.model = GPT(config).to(device)
-        self.ids, self.validation_ids = (part.to(device) for part in split(ids))
+        self.ids, self.validation_ids = split(ids)
         # Hidden matrices go to Muon; embeddings, LayerNorms and biases to AdamW.
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
@@ -1121,25 +1293,35 @@ class Trainer:
         self.adamw = torch.optim.AdamW(
             others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=device.type == "cuda"
         )
+        # Each process takes its share of every batch, and averages its gradients with the others'.
+        self.share = torch.arange(cfg.batch_size).tensor_split(self.world.size)[self.world.rank]
+        self.forward = self.model
+        if self.world.size > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.model)
+            torch.manual_seed(cfg.seed + self.world.rank)  # no two drop the same values
         # What an update reads lives on the device, so that a CUDA graph of it needs nothing from Python.
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step, as a tensor
         self.losses = torch.zeros(cfg.max_steps, device=device)
-        self.chunk = -1  # the chunk of updates that `rates` and `starts` are filled for
+        self.averaged = 0  # up to this step `losses` are those of all processes
+        self.chunk = -1  # the chunk of updates that `rates` and `text` are filled for
         self.rates = torch.zeros(self.CHUNK, device=device)
-        self.starts = torch.zeros(self.CHUNK, cfg.batch_size, dtype=torch.long, device=device)
-        self.window = torch.arange(config.block_size + 1, device=device)
-        self.replay = Replay(self._update, device)
+        kind = torch.uint8 if ids.dtype == torch.uint8 else torch.int32
+        self.text = torch.zeros(self.CHUNK, len(self.share), config.block_size + 1, dtype=kind, device=device)
+        self.replay = Replay(self._update, device.type == "cuda" and self.world.size == 1)
 
     def _update(self) -> None:
         """One optimizer update: shapes that never change, and nothing that waits for the device."""
         rate = self.rates[self.at % self.CHUNK]  # (1,)
-        starts = self.starts[self.at % self.CHUNK].T  # (B, 1)
-        text = self.ids[starts + self.window].long()  # (B, T + 1)
-        for part in text.chunk(self.cfg.grad_accum):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = self.model(part[:, :-1])
-            loss = loss_of(logits, part[:, 1:]) / self.cfg.grad_accum
-            loss.backward()
+        text = self.text[self.at % self.CHUNK][0].long()  # (B, T + 1)
+        parts = text.chunk(self.cfg.grad_accum)
+        for part in parts:
+            # Gradients are averaged over the processes with the last part, when they are complete.
+            last = self.world.size == 1 or part is parts[-1]
+            with nullcontext() if last else self.forward.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                    logits = self.forward(part[:, :-1])
+                loss = loss_of(logits, part[:, 1:]) * (len(part) * self.world.size / self.cfg.batch_size)
+                loss.backward()
             self.losses.index_add_(0, self.at, loss.detach().view(1))
         self.adamw.param_groups[0]["lr"].copy_(self.cfg.learning_rate * rate[0])
         self.adamw.step()
@@ -1151,28 +1333,37 @@ class Trainer:
         """Do the next update."""
         if self.chunk != self.step // self.CHUNK:
             self.chunk = self.step // self.CHUNK
-            first, T = self.chunk * self.CHUNK, self.model.config.block_size
+            first, B, T = self.chunk * self.CHUNK, self.cfg.batch_size, self.model.config.block_size
             last = min(first + self.CHUNK, self.cfg.max_steps)
             rates = torch.tensor([learning_rate(s, self.cfg) for s in range(first, last)])
-            starts = window_starts(first, self.CHUNK, self.cfg.batch_size, len(self.ids), T, self.cfg.seed)
             self.rates[: last - first].copy_(rates)
-            self.starts.copy_(starts)
+            starts = window_starts(first, self.CHUNK, B, len(self.ids), T, self.cfg.seed)[:, self.share]
+            self.text.copy_(self.ids.unfold(0, T + 1, 1)[starts])
         self.replay()
         self.step += 1
+
+    def average_losses(self) -> None:
+        """Make `losses` those of whole batches, where until now they were of this process's share."""
+        self.world.mean(self.losses[self.averaged : self.step])
+        self.averaged = self.step
+
+    def diverged(self, loss: float) -> Diverged:
+        return Diverged(
+            f"the loss is {loss} at step {self.step:,}: the training has diverged; lower --muon-learning-rate "
+            f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate}), each to a third"
+        )
 
     def evaluate(self) -> None:
         """Measure both losses, note them in the history, and keep the weights if they are the best so far.
 
-        raises  UserError if the loss is no longer a number
+        raises  Diverged if the loss is no longer a number
         """
+        self.average_losses()
         since = self.history[-1][0] if self.history else 0
         training = float(self.losses[since : self.step].mean())
-        validation, _ = evaluate(self.model, self.validation_ids, self.dtype)
+        validation, _ = evaluate(self.model, self.validation_ids, self.dtype, self.world)
         if not math.isfinite(training + validation):
-            raise UserError(
-                f"the loss is {training} at step {self.step:,}: the training has diverged; lower --muon-learning-rate "
-                f"(now {self.cfg.muon_learning_rate}) and --learning-rate (now {self.cfg.learning_rate})"
-            )
+            raise self.diverged(training)
         self.history.append([self.step, round(training, 6), round(validation, 6)])
         if validation < self.best_loss:
             self.best_loss = validation
@@ -1186,6 +1377,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, and the best weights, as named tensors."""
+        self.average_losses()
         tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
         tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
         tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
@@ -1202,6 +1394,9 @@ class Trainer:
         """
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError("it has values that are not finite")
+        measured = story.history[-1][0] if story.history else 0
+        if not measured <= story.step <= self.cfg.max_steps or (story.step == self.cfg.max_steps and not measured):
+            raise ValueError(f"it is at step {story.step:,}, measured at {measured:,}, of {self.cfg.max_steps:,}")
         self.step, self.history = story.step, story.history
         self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
@@ -1220,6 +1415,10 @@ class Trainer:
         for weight, state in self.adamw.state.items() if self.step else ():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or state["step"].numel() != 1:
                 raise ValueError("its optimizer is that of another network")
+        self.averaged = self.step
+        if self.world.rank:  # its own random numbers, which nobody has kept
+            torch.manual_seed((self.cfg.seed + self.world.rank) * 1_000_003 + self.step)
+            return
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -1252,6 +1451,12 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch or Python had no memory left; on a CPU PyTorch tells it only in words, other ones on Windows."""
+    said = re.search("out of memory|can't allocate memory|not enough memory|bad_alloc", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
 
 
 class Report:
@@ -1313,7 +1518,7 @@ class Report:
 def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], Story]) -> None:
     """Train to the end. Ctrl-C and SIGTERM finish the step, save the state and leave.
 
-    raises  KeyboardInterrupt, SystemExit or UserError
+    raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
     with interruptible() as caught:
@@ -1325,8 +1530,11 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.evaluation()
                 report.update()
                 if caught or time.monotonic() - saved > cfg.checkpoint_interval:
+                    state = trainer.state()
+                    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                        raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        save_file(checkpoint, trainer.state(), story())
+                        save_file(checkpoint, state, story())
                     except UserError as error:
                         if caught:
                             raise
@@ -1336,7 +1544,9 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
                     raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             B = cfg.batch_size
             parts = next((n for n in range(2 * cfg.grad_accum, B + 1) if B % n == 0), None)
             cure = (
@@ -1437,7 +1647,7 @@ class Decoder:
         self.length, self.position = 0, self.everywhere[:1].clone()
         self.ids = self.everywhere.new_zeros(batch)
         self.logits = self.wte.new_zeros(batch, config.vocab_size)
-        self.replay = Replay(self._step, self.wte.device)
+        self.replay = Replay(self._step, self.wte.device.type == "cuda")
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (B, V) of what follows the texts `ids` (B, T), or (1, T) for all texts alike; a new beginning."""
@@ -1526,7 +1736,7 @@ def write(
             if done[i]:
                 continue
             held[i] += c
-            for stop in cfg.stop:
+            for stop in sorted(cfg.stop, key=len, reverse=True):  # of several that end here, that which began first
                 if held[i].endswith(stop):
                     held[i], done[i] = held[i][: -len(stop)], True
                     break
@@ -1735,13 +1945,8 @@ class Turn(Settings):
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(text.encode(errors="replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, 0o600) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def read_talk(path: Path) -> tuple[list[Turn], ChatConfig]:
@@ -1781,7 +1986,9 @@ class Session:
         except TypeError:
             raise UserError(f"usage: {self.usage(name)}") from None
         if names == ["file"]:
-            arguments = [Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+            arguments = [path := Path(os.path.expanduser(rest.strip().replace("\0", "")))]
+            if path.exists() and not path.is_file():  # a pipe would keep us waiting, /dev/zero would never end
+                raise UserError(f"{path}: is not a file; choose another")
         self.commands[name](*arguments)
 
     @staticmethod
@@ -2230,12 +2437,21 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
                 f"or put the files among them with --force"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(exist_ok=True)  # by one that was killed, it is used again
+    try:
         for name, content in files.items():
-            (Path(temporary) / name).write_bytes(content)
+            with replacing(temporary / name) as file:
+                file.write(content)
         folder.mkdir(exist_ok=True)
+        # Without config.json nobody loads a folder: should we be killed on the way, not the files of two models.
+        (folder / "config.json").unlink(missing_ok=True)
+        for name in sorted(files, key="config.json".__eq__):
+            os.replace(temporary / name, folder / name)
+    finally:
         for name in files:
-            os.replace(Path(temporary) / name, folder / name)
+            (temporary / name).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
@@ -2276,6 +2492,8 @@ def write_gguf(path: Path, model: GPT, characters: str, half: bool) -> None:
         file.write_tensors_to_file()
         file.close()
         os.replace(temporary, path)
+    except OSError as error:  # NumPy's has neither number nor name
+        raise OSError(errno.ENOSPC, f"cannot be written ({error.strerror or error})", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2369,8 +2587,9 @@ class Recorder(Report):
             if header != self.COLUMNS:
                 raise UserError(f"--log {log}: exists and is not such a log; choose another name")
             kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= trainer.step]
-            self.log = open(log, "w", newline="\n")  # noqa: SIM115 (close() closes it)
-            self.log.writelines(f"{row}\n" for row in [header, *kept])
+            with replacing(log) as file:
+                file.write("".join(f"{row}\n" for row in [header, *kept]).encode())
+            self.log = open(log, "a", newline="\n")  # noqa: SIM115 (close() closes it)
         self.since = time.monotonic(), trainer.step
         super().__init__(trainer, sample, quiet)
 
@@ -2382,7 +2601,11 @@ class Recorder(Report):
         speed = (last - first) * cfg.batch_size * self.trainer.model.config.block_size / max(now - before, 1e-9)
         figures = training, validation, cfg.learning_rate * rate, cfg.muon_learning_rate * rate, round(speed)
         if self.log:
-            print(last, *(f"{figure:.6g}" for figure in figures), sep=",", file=self.log, flush=True)
+            try:
+                print(last, *(f"{figure:.6g}" for figure in figures), sep=",", file=self.log, flush=True)
+            except OSError as error:
+                say(f"NOTE: {self.log.name}: cannot be written ({error.strerror}); the training goes on without")
+                self.log = None
         if self.board:
             for name, figure in zip(self.COLUMNS.split(",")[1:], figures, strict=True):
                 self.board.add_scalar(name, figure, last)
@@ -2402,7 +2625,8 @@ class Recorder(Report):
 def conflict(options: argparse.Namespace, story: Story) -> str:
     """What the command line asks for that a file's story tells otherwise; "" if nothing."""
     told = asdict(story.config) | story.training | dict(data=story.data["name"])
-    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in ("device", "dtype")}
+    free = ("device", "dtype", "grad_accum", "checkpoint_interval")  # may change on the way: the result does not
+    given = {k: v for k, v in vars(options).items() if k in told and v is not None and k not in free}
     wanted = (SIZES[options.size] if options.size else {}) | given
     return ", ".join(
         f"--{name.replace('_', '-')} {told[name]}, not {value}" for name, value in wanted.items() if told[name] != value
@@ -2419,11 +2643,17 @@ def sole_training(out: Path) -> Iterator[None]:
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
-        path.write_text(str(os.getpid()))
     except OSError as error:  # filelock's Timeout is one; it also says so where no file can be made
         if isinstance(error, filelock.Timeout) and path.exists():
-            raise UserError(f"--out {out}: process {path.read_text()} is training it; wait or choose another") from None
+            other = "another process"
+            with suppress(OSError, ValueError):  # Windows lets nobody read a locked file
+                other = f"process {int(path.read_text())}"
+            raise UserError(f"--out {out}: {other} is training it; wait or choose another") from None
         raise UserError(f"--out {out}: {out.parent} cannot be written to; choose another folder") from None
+    with suppress(OSError):
+        path.write_text(str(os.getpid()))
+    sweep(out)
+    sweep(checkpoint_path(out))
     try:
         yield
     finally:
@@ -2451,6 +2681,20 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     return None
 
 
+def text_of(story: Story) -> str:
+    """Name of the text that a file says it learnt from, to read that again.
+
+    raises  UserError if it would be a device, or a download: a stranger's file must not make the program ask a network
+    """
+    name = story.data["name"]
+    if re.match("https?://", name, re.IGNORECASE):
+        if not copy_of(name).exists():
+            raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")
+    elif name not in TEXTS and Path(name).exists() and not Path(name).is_file():
+        raise UserError(f"--data: the text is {name}, which is not a file; give another with --data")
+    return name
+
+
 def prepare_training(
     options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Trainer, Tokenizer, dict]:
@@ -2461,7 +2705,7 @@ def prepare_training(
         TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
     )
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
-    corpus = load_corpus(options.data or (before.data["name"] if before else None), options.encoding)
+    corpus = load_corpus(options.data or (text_of(before) if before else None), options.encoding)
     tokenizer = Tokenizer.of(corpus.text)
     ids = tokenizer.encode(corpus.text)
     need = 10 * (config.block_size + 1)
@@ -2477,7 +2721,16 @@ def prepare_training(
         passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
-    return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+    try:
+        return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        n = config.n_parameters()
+        raise UserError(
+            f"--n-layer {config.n_layer} --n-embd {config.n_embd}: out of memory; in training {n / 1e6:,.1f} M "
+            f"parameters need {16 * n / 2**30:,.1f} GiB and more; take half of --n-embd, which needs a quarter"
+        ) from None
 
 
 def train(options: argparse.Namespace) -> None:
@@ -2520,11 +2773,27 @@ def train(options: argparse.Namespace) -> None:
                 f"{passes:.0f} passes over the text, dropout {config.dropout}"
             )
         report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
-        fit(trainer, report, checkpoint, story)
+        try:
+            fit(trainer, report, checkpoint, story)
+        except Diverged as error:  # and would again from the checkpoint; what was good before is the person's
+            best = out.with_stem(f"{out.stem}-best")
+            if trainer.best:
+                save_file(best, trainer.best, story())
+            checkpoint.unlink(missing_ok=True)
+            kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
+            raise UserError(f"{error}; {kept if trainer.best else 'nothing was measured before'}") from None
         if not options.quiet:
             say(loss_chart(trainer.history))
         say("Training finished...")
-        save_file(out, trainer.best, story())
+        try:
+            save_file(out, trainer.best, story())
+        except UserError as error:  # no room, or the folder is gone: hours of work must not be
+            kept = ""
+            with suppress(OSError, UserError):
+                other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+                save_file(other, trainer.best, story())
+                kept = f"; this time the model is in {other}: move it from there"
+            raise UserError(f"{error}{kept}") from None
         checkpoint.unlink(missing_ok=True)
         say(f"Model saved to {out}")
 
@@ -2598,7 +2867,7 @@ def explain(options: argparse.Namespace) -> None:
 def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
     (model, tokenizer, story), dtype = opened(options)
-    corpus = load_corpus(options.data or story.data["name"], options.encoding)
+    corpus = load_corpus(options.data or text_of(story), options.encoding)
     ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
     if corpus.sha256 == story.data["sha256"]:
         ids, part = split(ids)[1], "validation part"
@@ -2649,6 +2918,11 @@ def main(options: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say("anexagpt.py: out of memory; close other programs, or take a smaller model, text or --block-size")
+        return 2
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def test_old_pytorch(program, tmp_path):
     (package / "__init__.py").write_text("__version__ = '2.8.1'\nclass Tensor: pass\n")
     (package / "nn" / "__init__.py").write_text("")
     (package / "nn" / "functional" / "__init__.py").write_text("")
+    (package / "distributed.py").write_text("")
     fake = "import sys, types\nsys.modules['safetensors.torch'] = types.ModuleType('safetensors.torch')\n"
     (tmp_path / "old" / "sitecustomize.py").write_text(fake)
     result = program("info", env=dict(PYTHONPATH=str(tmp_path / "old")))

@@ -209,7 +209,7 @@ def test_only_whole_files_appear(server):
     """Catches a write straight to the final name: whoever looks during the download must not see the file."""
     seen = []
 
-    def accept(raw):
+    def accept(path):
         seen.extend(files())
         return True
 
