@@ -311,8 +311,9 @@ def draw_curves(runs: dict) -> None:
         picture.text(right + 10, place(*history[-1])[1] + 5, f"{history[-1][1]:.3f}  {label}", colour, 14)
     reached = next(step for step, loss in runs["Muon"] if loss <= runs[best][-1][1])
     y = place(0, runs[best][-1][1])[1]
-    picture.line([(place(reached, 0)[0], y), (right, y)], GREY, 1, "4 4")
-    picture.text(right, y + 16, f"Muon: step {reached:,}", GREY, 13, "end")
+    x = place(reached, 0)[0]
+    picture.line([(right, y), (x, y), (x, bottom)], GREY, 1, "4 4")
+    picture.text(x - 8, bottom - 10, f"Muon is there at step {reached:,}", GREY, 13, "end")
     picture.text(right + 10, top + 12, "thin: AdamW at", "#5d8fbd", 13)
     others = [name[6:] for name in runs if name not in ("Muon", best)]
     picture.text(right + 10, top + 30, ", ".join(others), "#5d8fbd", 13)
