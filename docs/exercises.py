@@ -24,7 +24,8 @@ import torch
 import anexagpt as anexa
 
 STEPS = 300
-TEXT = anexa.load_corpus("python-docs").text[:100_000]
+CORPUS = anexa.load_corpus("python-docs")
+TEXT = CORPUS.tokenizer.decode(CORPUS.ids[:100_000])
 TOKENIZER = anexa.Tokenizer.of(TEXT)
 CONFIG = anexa.GPTConfig(vocab_size=len(TOKENIZER), block_size=32, n_layer=2, n_head=2, n_embd=32)
 

@@ -440,7 +440,8 @@ def main() -> None:
     if options.measure == "model":
         figures["model"] = model(options.model)
     elif options.measure:
-        text = anexa.load_corpus(options.text or ("sherlock" if options.measure == "guessers" else "shakespeare")).text
+        corpus = anexa.load_corpus(options.text or ("sherlock" if options.measure == "guessers" else "shakespeare"))
+        text = corpus.tokenizer.decode(corpus.ids)
         figures[options.measure] = dict(curves=curves, step=step, guessers=guessers)[options.measure](text)
     if FIGURES.exists():
         figures = json.loads(FIGURES.read_text(encoding="utf-8")) | figures
