@@ -123,7 +123,7 @@ def timed(spent: Counter, name: str, function: Callable) -> Callable:
 
 
 def step(text: str) -> dict:
-    """Milliseconds of the parts of a training step of 12 x 64 characters on one core, median of the quickest quarter."""
+    """Milliseconds of the parts of a step of 12 x 64 characters on one core, median of the quickest quarter of 200."""
     torch.set_num_threads(1)
     tokenizer, (device, dtype) = anexa.Tokenizer.of(text), anexa.choose_device(anexa.DeviceConfig(device="cpu"))
     config = anexa.GPTConfig(vocab_size=len(tokenizer), block_size=64, dropout=0.0, **SHAPE)
