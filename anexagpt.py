@@ -366,7 +366,12 @@ if Version(torch.__version__) < Version("2.9"):
 
 
 def say(text: str = "") -> None:
-    """Print a line for the person: to standard error, so that standard output holds generated text and nothing else."""
+    """Print a line for the person: to standard error, so that standard output holds generated text and nothing else.
+
+    Of the processes of one training only the first speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
@@ -1547,6 +1552,8 @@ def interruptible() -> Iterator[list[int]]:
 
     def note(number, frame):
         caught.append(number)
+        if "WORLD_SIZE" in os.environ:  # torchrun passes on a Ctrl-C that the terminal has already sent to all
+            return
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, before[name])
         say("Stopping after this step ... (once more: at once, losing what came after the last checkpoint)")
@@ -1627,6 +1634,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
+    first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
             while trainer.step < cfg.max_steps:
@@ -1635,21 +1643,23 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                if caught or time.monotonic() - saved > cfg.checkpoint_interval:
+                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > cfg.checkpoint_interval)
+                if stop or due:
                     state = trainer.state()
                     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        save_file(checkpoint, state, story())
+                        if first:
+                            save_file(checkpoint, state, story())
                     except UserError as error:
-                        if caught:
+                        if stop:
                             raise
                         say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
-                if caught and trainer.step < cfg.max_steps:
+                if stop and trainer.step < cfg.max_steps:
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
-                    raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
+                    raise SystemExit(143) if signal.SIGTERM in caught[:1] else KeyboardInterrupt
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -2805,7 +2815,7 @@ def text_of(story: Story) -> str:
 
 
 def prepare_training(
-    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
+    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype, world: World
 ) -> tuple[Trainer, Tokenizer, dict]:
     """Trainer, tokenizer and facts about the text, by the options and else by the training to be continued."""
     known, old, others = TrainConfig.__dataclass_fields__, None, before.training if before else {}
@@ -2819,8 +2829,11 @@ def prepare_training(
     if old and (other := {k: v for k, v in others.items() if v != getattr(config, k)}):
         has = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.items())
         raise UserError(f"--init {cfg.init}: is a model with {has}; leave out what differs, or begin without --init")
-    corpus = load_corpus(options.data or (text_of(before) if before else None), options.encoding)
+    name = options.data or (text_of(before) if before else None)
+    corpus = world.in_turn(lambda: load_corpus(name, options.encoding))
     tokenizer, ids = corpus.tokenizer, corpus.ids
+    if world.told(corpus.sha256) != corpus.sha256:
+        raise UserError(f"--data {corpus.name}: is another text on this machine than on the first; copy it from there")
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -2830,13 +2843,15 @@ def prepare_training(
     config = replace(config, vocab_size=len(tokenizer))
     if cfg.batch_size is None:
         cfg = replace(cfg, batch_size=6 if device.type == "cpu" else 64)
+    if cfg.batch_size < world.size:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {world.size}, one window for each process")
     if config.dropout is None:
         passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
         weights = adapt(old, characters, tokenizer.characters) if old else None
-        return Trainer(config, cfg, ids, device, dtype, weights), tokenizer, data
+        return Trainer(config, cfg, ids, device, dtype, weights, world), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -2848,74 +2863,96 @@ def prepare_training(
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
-    out, checkpoint = options.out, checkpoint_path(options.out)
+    """Train a model, from the start or from where the last run stopped, and save it to `--out`.
+
+    Under torchrun several processes do so together, and the first of them does all that a person sees.
+    """
+    checkpoint_path(options.out)  # complains now, not after the download
     if options.tensorboard:
-        optional("torch.utils.tensorboard")  # complains now, not after the download
+        optional("torch.utils.tensorboard")
     device, dtype = choose_device(from_options(DeviceConfig, options))
-    with sole_training(out):
-        before = unfinished(options, checkpoint)
-        trainer, tokenizer, data = prepare_training(options, before, device, dtype)
-        config, cfg = trainer.model.config, trainer.cfg
-        training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
-        if before:
-            if before.data != data:
-                raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
-            try:
-                trainer.restore(safetensors.torch.load_file(checkpoint), before)
-            except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
-                reason = printable(str(error)).splitlines()[0]
-                raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
-            say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
+    with World.joined(device) as world:
+        if world.rank:
+            options.quiet, options.log, options.tensorboard = True, None, None
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            options.restart = False  # asked for once, not each time that torchrun begins again after a failure
+        with sole_training(options.out) if world.rank == 0 else nullcontext():
+            learn(options, device, dtype, world)
 
-        def story() -> Story:
-            loss = trainer.best_loss if trainer.history else None
-            return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
 
-        def sample() -> str:
-            texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
-            text = "".join(piece for (piece,) in texts)
-            trainer.model.train()
-            return text
-
-        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
-        first = f" of {cfg.init}" if cfg.init else ""
-        if not options.quiet:
-            say(
-                f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
-                f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}; "
-                f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
-                f"{passes:.0f} passes over the text, dropout {config.dropout}"
-            )
-        report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
+def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """The training itself, once the processes have met and the folder is ours."""
+    out, checkpoint = options.out, checkpoint_path(options.out)
+    before = world.told(unfinished(options, checkpoint) if world.rank == 0 else None)
+    trainer, tokenizer, data = prepare_training(options, before, device, dtype, world)
+    config, cfg = trainer.model.config, trainer.cfg
+    training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    if before:
+        if before.data != data:
+            raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
         try:
-            fit(trainer, report, checkpoint, story)
-        except Diverged as error:  # and would again from the checkpoint; what was good before is the person's
-            best = out.with_stem(f"{out.stem}-best")
-            if trainer.best:
-                save_file(best, trainer.best, story())
-            checkpoint.unlink(missing_ok=True)
-            kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
-            raise UserError(f"{error}; {kept if trainer.best else 'nothing was measured before'}") from None
-        if not options.quiet:
-            say(loss_chart(trainer.history))
-        say("Training finished...")
-        try:
-            save_file(out, trainer.best, story())
-        except UserError as error:  # no room, or the folder is gone: hours of work must not be
-            kept = ""
-            with suppress(OSError, UserError):
-                other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
-                save_file(other, trainer.best, story())
-                kept = f"; this time the model is in {other}: move it from there"
-            raise UserError(f"{error}{kept}") from None
+            trainer.restore(safetensors.torch.load_file(checkpoint), before)
+        except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            reason = printable(str(error)).splitlines()[0]
+            raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
+        say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
+
+    def story() -> Story:
+        loss = trainer.best_loss if trainer.history else None
+        return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
+
+    def sample() -> str:
+        texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
+        text = "".join(piece for (piece,) in texts)
+        trainer.model.train()
+        return text
+
+    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+    first = f" of {cfg.init}" if cfg.init else ""
+    together = f", {world.size} processes" if world.size > 1 else ""
+    if not options.quiet:
+        say(
+            f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
+            f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}{together}; "
+            f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
+            f"{passes:.0f} passes over the text, dropout {config.dropout}"
+        )
+    report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
+    diverged = None
+    try:
+        fit(trainer, report, checkpoint, story)
+    except Diverged as error:
+        diverged = error
+    if world.rank:
+        return
+    if diverged:  # and would again from the checkpoint; what was good before is the person's
+        best = out.with_stem(f"{out.stem}-best")
+        if trainer.best:
+            save_file(best, trainer.best, story())
         checkpoint.unlink(missing_ok=True)
-        say(f"Model saved to {out}")
+        kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
+        raise UserError(f"{diverged}; {kept if trainer.best else 'nothing was measured before'}") from None
+    if not options.quiet:
+        say(loss_chart(trainer.history))
+    say("Training finished...")
+    try:
+        save_file(out, trainer.best, story())
+    except UserError as error:  # no room, or the folder is gone: hours of work must not be
+        kept = ""
+        with suppress(OSError, UserError):
+            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+            save_file(other, trainer.best, story())
+            kept = f"; this time the model is in {other}: move it from there"
+        raise UserError(f"{error}{kept}") from None
+    checkpoint.unlink(missing_ok=True)
+    say(f"Model saved to {out}")
 
 
 def run(options: argparse.Namespace) -> None:
     """The whole story: train unless there is a finished model, then talk."""
     sampling = replace(from_options(SampleConfig, options), seed=None)
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("torchrun: several processes can train, but not talk; give the command train")
     if options.restart or checkpoint_path(options.out).exists() or not options.out.exists():
         train(options)
     else:
@@ -3037,6 +3074,9 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
+        if "WORLD_SIZE" in os.environ and isinstance(error, dist.DistError):
+            say("anexagpt.py: another process of this training has ended; the same command goes on from the checkpoint")
+            return 1
         if not out_of_memory(error):
             raise
         say("anexagpt.py: out of memory; close other programs, or take a smaller model, text or --block-size")
