@@ -105,7 +105,7 @@ class GPTConfig(Settings):
 
     vocab_size: int = field(metadata=dict(low=2, high=0x110000))  # no option: the text decides
     block_size: int = knob(256, "longest context, in characters (T)", 2, 65_536)
-    n_layer: int = knob(4, "transformer blocks (L)", 1, 1_000)
+    n_layer: int = knob(4, "transformer blocks (L)", 1, 128)
     n_head: int = knob(4, "attention heads per block (H)", 1, 1_000)
     n_embd: int = knob(128, "channels, a multiple of --n-head (C)", 1, 65_536)
     dropout: float | None = knob(None, "share of values dropped in training (default: by passes over text)", 0.0, 0.9)
@@ -761,10 +761,6 @@ class Corpus:
     tokenizer: Tokenizer
     ids: Tensor  # (N,), in memory or, for a long text, in a file that is mapped into it
 
-    @property
-    def characters(self) -> int:
-        return len(self.ids)
-
 
 def survey(pieces: Iterable[str]) -> tuple[Tokenizer, str, int]:
     """Tokenizer for a text, its SHA-256 and its length: what must be known before the first id can be written."""
@@ -1016,6 +1012,7 @@ class Muon:
 # model.safetensors holds the weights and, as JSON in the header, everything else that is needed to use them.
 
 FORMAT_VERSION = "1"
+HUGE = 1e6  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
 
 
 @dataclass(frozen=True)
@@ -1174,7 +1171,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
     shapes = {name: shape for name, (shape, _) in found.items()}
     demand({name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "it has just changed")
     for name, weight in weights.items():
-        demand(bool(weight.isfinite().all()), f"{name} has values that are not finite")
+        demand(bool((weight.abs() < HUGE).all()), f"{name} has values that are not finite, or absurdly large")
     if exported:
         weights = {
             name.removeprefix("transformer."): (w.t() if ".h." in name else w).contiguous()
@@ -1956,7 +1953,7 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
     lines.append("".join(f" {name[: room - 1]:<{room - 1}}" for name in stages), "bold")
     for row in [[i] for i in order[:n]] + [order[n:]]:
         label = f"'{glyph(tokenizer.characters[row[0]])}'" if len(row) == 1 else f"{len(row)} more"
-        lines.append(f"\n{'':{8 - cell_len(label)}}{label}")
+        lines.append("\n" + " " * (8 - cell_len(label)) + label)
         for p in stages.values():
             share = float(p[row].sum())
             number = f"{100 * share:.{int(room > 5)}f}" if share else "-"
@@ -2822,7 +2819,7 @@ def prepare_training(
     cfg = from_options(TrainConfig, options, **{k: v for k, v in others.items() if k in known})
     others = asdict(before.config) if before else SIZES["small"]
     if cfg.init and not before:
-        old, characters, told = load_model(Path(cfg.init), device)
+        old, spelling, told = load_model(Path(cfg.init), device)
         others = {name: getattr(told.config, name) for name in others}
     shape = others | (SIZES[options.size] if options.size else {})
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
@@ -2850,7 +2847,7 @@ def prepare_training(
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
-        weights = adapt(old, characters, tokenizer.characters) if old else None
+        weights = adapt(old, spelling, tokenizer.characters) if old else None
         return Trainer(config, cfg, ids, device, dtype, weights, world), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -3074,7 +3071,7 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
-        if "WORLD_SIZE" in os.environ and isinstance(error, dist.DistError):
+        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|c10d", str(error), re.IGNORECASE):
             say("anexagpt.py: another process of this training has ended; the same command goes on from the checkpoint")
             return 1
         if not out_of_memory(error):

@@ -40,7 +40,7 @@ class UserError(Exception):
 # A setting is one line: its default, the smallest and the largest value allowed, and its help.
 KNOBS = {
     "block_size": (32, 2, 65_536, "longest context, in characters (T)"),
-    "n_layer": (1, 1, 1_000, "transformer blocks"),
+    "n_layer": (1, 1, 128, "transformer blocks"),
     "n_head": (4, 1, 1_000, "attention heads per block (H)"),
     "n_embd": (24, 1, 65_536, "channels, a multiple of --n-head (C)"),
     "max_steps": (4_000, 1, 100_000_000, "optimizer updates, each on one window of text"),
@@ -455,6 +455,7 @@ class Adam:
 # A safetensors file: 8 bytes with the length of a JSON header, the header, then all the numbers, raw and little-endian.
 
 FORMAT_VERSION = "1"
+HUGE = 1e6  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
 
 
 @dataclass
@@ -541,7 +542,7 @@ def read_model(file, size):
         columns, n = tensors[name][-1], math.prod(tensors[name])
         demand(header[name]["data_offsets"][0] == end, f"{name} is not in its place")
         numbers, end = struct.unpack(f"<{n}f", file.read(4 * n)), end + 4 * n
-        demand(all(map(math.isfinite, numbers)), f"{name} has values that are not finite")
+        demand(all(map(HUGE.__gt__, map(abs, numbers))), f"{name} has values that are no weights")
         weights[name] = [list(numbers[i : i + columns]) for i in range(0, n, columns)]
     return Model(config, Tokenizer(characters), weights, story)
 

@@ -635,7 +635,7 @@ def test_the_shortest_text_that_is_allowed_trains(tmp_path):
         (["--data", "empty.txt"], ["empty.txt", "0 characters"]),
         (["--out", "no/where.safetensors"], ["no", "No such file"]),
         (["--n-head", "5"], ["n_embd 24", "multiple of n_head 5"]),
-        (["--n-layer", "0"], ["n_layer 0", "from 1 to 1,000"]),
+        (["--n-layer", "0"], ["n_layer 0", "from 1 to 128"]),
         (["--n-layer", "two"], ["--n-layer", "two"]),
         (["--temperature", "nan"], ["temperature nan", "from 0.0 to 100.0"]),
         (["--learn", "1"], ["--learn", "--help"]),
