@@ -1019,7 +1019,7 @@ def parse_story(metadata: dict[str, str]) -> Story:
     return Story(**told)
 
 
-def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
+def open_file(path: Path, cure: str = "train one, or fetch it again") -> tuple[Story, dict[str, tuple]]:
     """Story of a safetensors file of ours, and (shape, dtype) of each tensor; no tensor is read.
 
     raises  UserError if there is no such file, or it is not whole, or not ours
@@ -1037,7 +1037,7 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UserError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         reason = printable(str(error)).replace("\n", " ")[:200]
-        raise UserError(f"{path}: not a whole model of Anexa: {reason}; train one, or fetch it again") from None
+        raise UserError(f"{path}: not a whole model of Anexa: {reason}; {cure}") from None
 
 
 class Unfilled(torch.overrides.TorchFunctionMode):
@@ -2669,7 +2669,7 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     """
     if options.restart or not checkpoint.exists():
         return None
-    story, _ = open_file(checkpoint)
+    story, _ = open_file(checkpoint, "begin anew with --restart")
     difference = conflict(options, story)
     if not difference:
         return story
@@ -2787,7 +2787,8 @@ def train(options: argparse.Namespace) -> None:
             say(loss_chart(trainer.history))
         say("Training finished...")
         try:
-            save_file(out, trainer.best, story())
+            with interruptible():  # Ctrl-C must not cost a finished training
+                save_file(out, trainer.best, story())
         except UserError as error:  # no room, or the folder is gone: hours of work must not be
             kept = ""
             with suppress(OSError, UserError):
