@@ -32,11 +32,13 @@ D = C / H channels of a head, S positions that can be looked at, V vocabulary (v
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import errno
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -54,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 __version__ = "1.0.0"
@@ -142,6 +145,7 @@ class TrainConfig(Settings):
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
     checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
+    init: str | None = knob(None, "model file whose weights are the first, to learn another text from there")
 
     def __post_init__(self):
         super().__post_init__()
@@ -201,7 +205,8 @@ EXAMPLES = """\
 examples:
   python anexagpt.py                                     learn Sherlock Holmes, then talk
   python anexagpt.py train --data shakespeare            another built-in text: sherlock, shakespeare, python-docs
-  python anexagpt.py train --data diary.txt --out me.safetensors
+  python anexagpt.py train --data diary.txt letters/ --out me.safetensors
+  python anexagpt.py train --data diary.txt --init model.safetensors --out me.safetensors
   python anexagpt.py chat --model me.safetensors --temperature 0.6
   python anexagpt.py generate "It was a" -n 300 > story.txt
   python anexagpt.py explain "It was a" --view probs --top-k 5
@@ -235,7 +240,7 @@ class Parser(argparse.ArgumentParser):
             default = "" if knob.default in (None, ()) else f" (default: {knob.default})"
             kind = kinds(config)[knob.name][0]
             how = dict(action="append") if kind is tuple else dict(type=kind, choices=rule["choices"])
-            metavar = None if rule["choices"] else {int: "N", float: "X", tuple: "TEXT"}[kind]
+            metavar = None if rule["choices"] else {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
             # Absent options stay absent from the namespace: the dataclass has the defaults.
             group.add_argument(*names, **how, metavar=metavar, default=argparse.SUPPRESS, help=rule["help"] + default)
 
@@ -280,8 +285,9 @@ ARGUMENTS = (
         "run train eval",
         "--data",
         dict(
+            nargs="+",
             metavar="TEXT",
-            help=f"{', '.join(TEXTS)}, a file, or a http(s) address (default: sherlock; eval: the model's)",
+            help=f"{', '.join(TEXTS)}, files, folders of *.txt, addresses (default: sherlock; eval: the model's)",
         ),
     ),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text (default: utf-8)")),
@@ -315,6 +321,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         parser = known.get(options.command, top)
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
         parser.error(f"{unknown[0]} is not an option of it" + (f"; did you mean {near[0]}?" if near else ""))
+    if getattr(options, "data", None):
+        options.data = " + ".join(options.data)  # one name for all, which a model file keeps
     return options
 
 
@@ -329,6 +337,7 @@ if __name__ == "__main__":
     OPTIONS = parse_options(sys.argv[1:])
 
 import filelock
+import numpy as np
 import prompt_toolkit
 import prompt_toolkit.history
 import requests
@@ -357,7 +366,12 @@ if Version(torch.__version__) < Version("2.9"):
 
 
 def say(text: str = "") -> None:
-    """Print a line for the person: to standard error, so that standard output holds generated text and nothing else."""
+    """Print a line for the person: to standard error, so that standard output holds generated text and nothing else.
+
+    Of the processes of one training only the first speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
@@ -419,7 +433,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[typing.BinaryIO]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-# From a name, a file or an address to one long str.
+# From names, files, folders and addresses to text: as pieces of str, so that it may be longer than the memory.
 
 
 @dataclass(frozen=True)
@@ -450,49 +464,54 @@ SOURCES = {
         "Whiles thou art waking.",
     ),
 }
-FALLBACK = "python-docs"  # the language reference that every CPython carries
+FALLBACK = "python-docs"  # the language reference that every CPython's help() carries: 465,000 characters, no network
 MAX_DOWNLOAD = 2 << 30  # bytes
+PIECE = 1 << 16  # bytes of a text that are read at once; more would not fit into the processor's cache
+LONG = 32 << 20  # bytes from which on a text's ids are kept in a file: shorter ones are read in half a second
 
 
 class DownloadError(Exception):
     """Why one address did not give a text."""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text to learn from, or to be measured on."""
+def inside(file: typing.BinaryIO) -> tuple[int, int]:
+    """Where the text of a file begins and ends, in bytes; Project Gutenberg's licence, 20 kB, is not part of a book."""
+    head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - (1 << 16)))
+    tail = file.read()
+    marker = rb"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
+    start = re.search(marker % b"START" + rb"\s*", head)
+    ends = [*re.finditer(rb"\s*(?:End of (?:the )?Project Gutenberg[^\n]*)?\s*" + marker % b"END", tail)]
+    return (start.end(), size - len(tail) + ends[-1].start()) if start and ends else (0, size)
 
-    name: str
-    text: str
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-def prepare(raw: bytes, name: str, encoding: str = "utf-8") -> str:
-    r"""The text in `raw` with \n line ends, without byte order mark and Project Gutenberg's licence around the book.
+def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
+    r"""The text of a file in pieces, with \n line ends, without byte order mark and Project Gutenberg's licence.
 
     raises  UserError if the bytes are not text in that encoding
     """
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff")
-        text.encode()  # some encodings can spell surrogates, which are not characters
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            "".encode(encoding)  # complains of codecs that are not for text
+            decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+            first, last = inside(file)
+            file.seek(first)
+            for at in range(first, last, PIECE):
+                raw = file.read(min(PIECE, last - at))
+                text = decoder.decode(raw, final=at + PIECE >= last)
+                if not text.isascii():
+                    text.encode()  # some encodings can spell surrogates, which are not characters
+                yield text if at else text.removeprefix("\ufeff")
+            yield "\n" if first else ""  # a book's end
     except LookupError:
         raise UserError(f"--encoding {encoding}: unknown to Python; try utf-8, latin-1 or cp1252") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: not {encoding} text, byte {raw[error.start]:#04x} at offset {error.start:,} does not fit; "
-            f"give its encoding with --encoding, often cp1252, latin-1 or utf-16"
-        ) from None
     except UnicodeError as error:
-        raise UserError(f"{name}: not {encoding} text ({error}); give its encoding with --encoding") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]*\*\*\*"
-    if (start := re.search(marker % "START", text)) and (end := re.search(marker % "END", text)):
-        book = text[start.end() : end.start()]
-        text = re.sub(r"\n\s*End of (?:the )?Project Gutenberg[^\n]*\s*$", "", book).strip() + "\n"
-    return text
+        why = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            offset = at + len(raw) - len(error.object) + error.start
+            why = f"byte {error.object[error.start]:#04x} at offset {offset:,} does not fit"
+        cure = "give its encoding with --encoding, often cp1252, latin-1 or utf-16"
+        raise UserError(f"{source}: not {encoding} text, {why}; {cure}") from None
 
 
 def receive(url: str, patience: float) -> Iterator[str | bytes]:
@@ -608,8 +627,8 @@ def copy_of(name: str, folder: Path = Path("data")) -> Path:
     return folder / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
 
 
-def download(name: str, folder: Path = Path("data")) -> bytes:
-    """The bytes of a built-in text or of an address, from the copy in `folder` or, the first time, from the network.
+def download(name: str, folder: Path = Path("data")) -> Path:
+    """The copy in `folder` of a built-in text or of what is at an address, the first time fetched from the network.
 
     raises  DownloadError if no mirror gives it
     """
@@ -628,45 +647,47 @@ def download(name: str, folder: Path = Path("data")) -> bytes:
 
     sweep(path)
     if path.exists() and accept(path):
-        return path.read_bytes()
+        return path
     reasons = []
     for url in mirrors * 2:  # the second time round for connections that broke half-way
         try:
             fetch(url, path, accept, most)
-            return path.read_bytes()
+            return path
         except DownloadError as error:
             reasons.append(f"{url.split('/')[2]}: {error}")
     raise DownloadError("; ".join(dict.fromkeys(reasons)))
 
 
-def python_docs() -> str:
-    """The language reference as CPython's own help() carries it: 465,000 characters, no network."""
-    from pydoc_data.topics import topics
+def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
+    """Files (or bytes) and their encodings that one name stands for: a text known or at an address, a file, a folder.
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
-    """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
-
-    raises  UserError if there is no such text
+    raises  DownloadError, or UserError if there is no such text
     """
-    name = data or "sherlock"
-    try:
-        if name == FALLBACK:
-            return Corpus(name, python_docs())
-        if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
-            return Corpus(name, prepare(download(name), name, "utf-8" if name in SOURCES else encoding))
-        return Corpus(name, prepare(Path(name).read_bytes(), name, encoding))
-    except DownloadError as error:
-        if data is None:
-            say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
-            say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
-            return load_corpus(FALLBACK)
-        raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
-    except FileNotFoundError:
-        texts = ", ".join((*SOURCES, FALLBACK))
-        raise UserError(f"--data {name}: neither a file nor a known text ({texts}); check the spelling") from None
+    if " + " in name and not os.path.exists(name):  # what `--data A B` has become
+        return [text for part in name.split(" + ") for text in find_texts(part, encoding)]
+    if name == FALLBACK:
+        from pydoc_data.topics import topics
+
+        return [("\n\n".join(topics[topic] for topic in sorted(topics)).encode(), "utf-8")]
+    if name in SOURCES or re.match("https?://", name, re.IGNORECASE):
+        return [(download(name), "utf-8" if name in SOURCES else encoding)]
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(file for file in path.glob("[!.]*.txt") if file.is_file())
+    if not files:
+        what = (
+            "a folder without files *.txt" if path.is_dir() else f"neither a file nor a known text ({', '.join(TEXTS)})"
+        )
+        raise UserError(f"--data {name}: {what}; check the spelling")
+    return [(file, encoding) for file in files]
+
+
+def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
+    """The pieces of several texts, one after another, each beginning on a new line; otherwise as `read_text`."""
+    last = "\n"
+    for source, encoding in sources:
+        for piece in chain(["" if last.endswith("\n") else "\n"], read_text(source, encoding)):
+            yield piece
+            last = piece or last
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -676,30 +697,31 @@ UNKNOWN = "\ufffd"  # id 0: stands for every character that the text did not hav
 EQUIVALENTS = str.maketrans("\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2015\u2212", "'''\"\"\"----")
 
 
+def code_points(text: str) -> np.ndarray:
+    """Unicode's numbers of the characters (N,)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<i4")
+
+
 class Tokenizer:
     """Characters to ids and back. `characters[i]` is the character with id i; `characters[0]` is U+FFFD."""
 
     def __init__(self, characters: str):
         self.characters = characters
-        points = torch.tensor([ord(c) for c in characters])
-        # One byte an id where that is enough: the text stays small, also on the GPU.
-        self.table = torch.zeros(0x110000, dtype=torch.uint8 if len(characters) <= 256 else torch.int32)
-        self.table[points] = torch.arange(len(characters), dtype=self.table.dtype)
+        # One or two bytes an id where that is enough: a long text stays small.
+        n = len(characters)
+        self.table = np.zeros(0x110000, np.uint8 if n <= 1 << 8 else np.uint16 if n <= 1 << 16 else np.int32)
+        self.table[code_points(characters)] = np.arange(n)
 
     @classmethod
-    def of(cls, text: str) -> Tokenizer:
-        return cls(UNKNOWN + "".join(sorted(set(text) - {UNKNOWN})))
+    def of(cls, characters: Iterable[str]) -> Tokenizer:
+        return cls(UNKNOWN + "".join(sorted(set(characters) - {UNKNOWN})))
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """Ids (N,), uint8 if the vocabulary allows, else int32; 0 for characters that are not in the vocabulary."""
-        parts = [torch.empty(0, dtype=self.table.dtype)]
-        for start in range(0, len(text), 1 << 22):  # 16 MB of code points at a time
-            points = bytearray(text[start : start + (1 << 22)].encode("utf-32-le", "surrogatepass"))
-            parts.append(self.table.index_select(0, torch.frombuffer(points, dtype=torch.int32)))
-        return torch.cat(parts)
+        """Ids (N,), uint8 if the vocabulary allows, else uint16 or int32; 0 for characters that are not in it."""
+        return torch.from_numpy(self.table.take(code_points(text)))
 
     def decode(self, ids: Tensor) -> str:
         """Text of ids (N,)."""
@@ -728,6 +750,81 @@ class Tokenizer:
         if dropped:
             notices.append(f"left out {' '.join(dropped)} (not in the model's {len(self) - 1} characters)")
         return text, "; ".join(notices)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text to learn from, or to be measured on."""
+
+    name: str
+    sha256: str  # of the text in UTF-8
+    tokenizer: Tokenizer
+    ids: Tensor  # (N,), in memory or, for a long text, in a file that is mapped into it
+
+    @property
+    def characters(self) -> int:
+        return len(self.ids)
+
+
+def survey(pieces: Iterable[str]) -> tuple[Tokenizer, str, int]:
+    """Tokenizer for a text, its SHA-256 and its length: what must be known before the first id can be written."""
+    seen, sha256, length = np.zeros(0x110000, bool), hashlib.sha256(), 0
+    for piece in pieces:
+        points = code_points(piece)
+        seen[points[~seen.take(points)]] = True  # only the new ones: to write is slower than to look
+        sha256.update(piece.encode())
+        length += len(piece)
+    return Tokenizer.of(map(chr, seen.nonzero()[0])), sha256.hexdigest(), length
+
+
+def load_corpus(data: str | None, encoding: str = "utf-8") -> Corpus:
+    """The text that `--data` names; without it Sherlock Holmes or, where that cannot be had, Python's documentation.
+
+    A text is read twice, piece by piece: to find its characters, and to turn them into ids. A long one's ids go to a
+    file in data/, which the next call finds ready and maps into memory. Several names are joined by " + ".
+    raises  UserError if there is no such text
+    """
+    name = data or "sherlock"
+    try:
+        sources = find_texts(name, encoding)
+    except DownloadError as error:
+        if data is None:
+            say(f"NOTE: {SOURCES[name].title} could not be downloaded ({error}).")
+            say(f"NOTE: going on with {FALLBACK}, the language reference inside your Python, instead.")
+            return load_corpus(FALLBACK)
+        raise UserError(f"--data {name}: could not be downloaded ({error}); try again, or give a text file") from None
+    if sum(path.stat().st_size for path, _ in sources if isinstance(path, Path)) >= LONG:
+        return load_long(name, sources)
+    tokenizer, sha256, _ = survey(read_texts(sources))
+    return Corpus(name, sha256, tokenizer, torch.cat([tokenizer.encode(piece) for piece in read_texts(sources)]))
+
+
+def load_long(name: str, sources: list[tuple[Path | bytes, str]]) -> Corpus:
+    """The corpus of a long text from a file in data/, which is written first unless it is there; raises UserError.
+
+    It is a safetensors file that tells sizes and times of change of what it was made of: to compare the text itself,
+    by its SHA-256, would take a second or two for every GB at each start.
+    """
+    files = [(str(path), encoding, path.stat()) for path, encoding in sources if isinstance(path, Path)]
+    origin = json.dumps([__version__, [(*named, it.st_size, it.st_mtime_ns) for *named, it in files]])
+    path = Path(f"{copy_of(name)}.ids")
+    with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+        if told.get("origin") == origin:
+            return Corpus(name, told["sha256"], Tokenizer(told["characters"]), file.get_tensor("ids"))
+    path.parent.mkdir(exist_ok=True)
+    with progress(f"Preparing {name}", 2 * sum(it.st_size for *_, it in files)) as advance, replacing(path) as file:
+        pieces = lambda: (advance(len(piece)) or piece for piece in read_texts(sources))  # noqa: E731
+        tokenizer, sha256, length = survey(pieces())
+        width = tokenizer.table.itemsize
+        ids = dict(dtype={1: "U8", 2: "U16", 4: "I32"}[width], shape=[length], data_offsets=[0, length * width])
+        told = dict(origin=origin, sha256=sha256, characters=tokenizer.characters)
+        header = json.dumps(dict(__metadata__=told, ids=ids)).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(len(header).to_bytes(8, "little") + header)
+        if sum(file.write(tokenizer.encode(piece).numpy()) for piece in pieces()) != length * width:
+            raise UserError(f"--data {name}: has changed while it was read; try again when it is complete")
+    return load_long(name, sources)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -998,6 +1095,8 @@ def parse_story(metadata: dict[str, str]) -> Story:
         raise ValueError("its characters are not U+FFFD followed by different characters in order")
     if len(characters) != config.vocab_size:
         raise ValueError(f"it has {len(characters)} characters, but a vocab_size of {config.vocab_size}")
+    if not isinstance(told["training"].get("init"), str | None):
+        raise ValueError("its training has an init that is not the name of a file")
     name = told["data"].get("name")
     if not isinstance(name, str) or not isinstance(told["data"].get("sha256"), str):
         raise ValueError("its data set has no name or no sha256")
@@ -1084,6 +1183,15 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
         }
     model.load_state_dict(weights, assign=True)
     return model.eval(), Tokenizer(story.characters), story
+
+
+@torch.no_grad()
+def adapt(model: GPT, tokenizer: Tokenizer, characters: str) -> dict[str, Tensor]:
+    """The weights of `model` for other characters: those that it knows keep their row of wte, new ones get the mean."""
+    rows, wte = tokenizer.encode(characters).long(), model.wte.weight  # (V,), 0 for new ones
+    adapted = wte[rows]  # (V, C)
+    adapted[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
+    return model.state_dict() | {"wte.weight": adapted}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1277,6 +1385,7 @@ class Trainer:
         ids: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        weights: dict[str, Tensor] | None = None,  # to start from; else random ones
         world: World | None = None,
     ):
         self.cfg, self.device, self.dtype, self.step, self.world = cfg, device, dtype, 0, world or World()
@@ -1285,6 +1394,8 @@ class Trainer:
         self.best_loss = math.inf
         torch.manual_seed(cfg.seed)
         self.model = GPT(config).to(device)
+        if weights:
+            self.model.load_state_dict(weights)
         self.ids, self.validation_ids = split(ids)
         # Hidden matrices go to Muon; embeddings, LayerNorms and biases to AdamW.
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
@@ -1442,6 +1553,8 @@ def interruptible() -> Iterator[list[int]]:
 
     def note(number, frame):
         caught.append(number)
+        if "WORLD_SIZE" in os.environ:  # torchrun passes on a Ctrl-C that the terminal has already sent to all
+            return
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, before[name])
         say("Stopping after this step ... (once more: at once, losing what came after the last checkpoint)")
@@ -1522,6 +1635,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
+    first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
             while trainer.step < cfg.max_steps:
@@ -1530,21 +1644,23 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                if caught or time.monotonic() - saved > cfg.checkpoint_interval:
+                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > cfg.checkpoint_interval)
+                if stop or due:
                     state = trainer.state()
                     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        save_file(checkpoint, state, story())
+                        if first:
+                            save_file(checkpoint, state, story())
                     except UserError as error:
-                        if caught:
+                        if stop:
                             raise
                         say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
-                if caught and trainer.step < cfg.max_steps:
+                if stop and trainer.step < cfg.max_steps:
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
-                    raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(143)
+                    raise SystemExit(143) if signal.SIGTERM in caught[:1] else KeyboardInterrupt
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -2115,7 +2231,7 @@ class Session:
 
     def do_read(self, file) -> None:
         """Continue the text in a file."""
-        self.answer(prepare(file.read_bytes(), str(file)).removesuffix("\n"), echo=200)
+        self.answer("".join(read_text(file)).removesuffix("\n"), echo=200)
 
     def do_model(self, file) -> None:
         """Talk to another model; /regen asks it the last prompt."""
@@ -2288,13 +2404,16 @@ def optional(module: str):
 
 
 def for_publishing(story: Story) -> Story:
-    """The story with no more of its data set's name than others may see: no folders, no password of an address."""
-    name = story.data["name"]
-    if re.match("https?://", name, re.IGNORECASE):
-        name = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
-    else:
-        name = re.split(r"[/\\]", name)[-1]
-    return replace(story, data=story.data | dict(name=name))
+    """The story with no more of the names of its files than others may see: no folders, no password of an address."""
+
+    def shown(name: str) -> str:
+        if re.match("https?://", name, re.IGNORECASE):
+            return re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+    name, init = " + ".join(map(shown, story.data["name"].split(" + "))), story.training.get("init")
+    training = story.training | (dict(init=shown(init)) if init else {})
+    return replace(story, data=story.data | dict(name=name), training=training)
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, story: Story, title: str, licence: str) -> str:
@@ -2687,28 +2806,35 @@ def text_of(story: Story) -> str:
 
     raises  UserError if it would be a device, or a download: a stranger's file must not make the program ask a network
     """
-    name = story.data["name"]
-    if re.match("https?://", name, re.IGNORECASE):
-        if not copy_of(name).exists():
-            raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")
-    elif name not in TEXTS and Path(name).exists() and not Path(name).is_file():
-        raise UserError(f"--data: the text is {name}, which is not a file; give another with --data")
-    return name
+    for name in story.data["name"].split(" + "):
+        if re.match("https?://", name, re.IGNORECASE):
+            if not copy_of(name).exists():
+                raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")
+        elif name not in TEXTS and os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
+            raise UserError(f"--data: the text is {name}, which is not a file; give another with --data")
+    return story.data["name"]
 
 
 def prepare_training(
-    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype
+    options: argparse.Namespace, before: Story | None, device: torch.device, dtype: torch.dtype, world: World
 ) -> tuple[Trainer, Tokenizer, dict]:
     """Trainer, tokenizer and facts about the text, by the options and else by the training to be continued."""
-    shape = SIZES[options.size] if options.size else asdict(before.config) if before else SIZES["small"]
-    known = TrainConfig.__dataclass_fields__
-    cfg = from_options(
-        TrainConfig, options, **{k: v for k, v in before.training.items() if k in known} if before else {}
-    )
+    known, old, others = TrainConfig.__dataclass_fields__, None, before.training if before else {}
+    cfg = from_options(TrainConfig, options, **{k: v for k, v in others.items() if k in known})
+    others = asdict(before.config) if before else SIZES["small"]
+    if cfg.init and not before:
+        old, characters, told = load_model(Path(cfg.init), device)
+        others = {name: getattr(told.config, name) for name in others}
+    shape = others | (SIZES[options.size] if options.size else {})
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
-    corpus = load_corpus(options.data or (text_of(before) if before else None), options.encoding)
-    tokenizer = Tokenizer.of(corpus.text)
-    ids = tokenizer.encode(corpus.text)
+    if old and (other := {k: v for k, v in others.items() if v != getattr(config, k)}):
+        has = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.items())
+        raise UserError(f"--init {cfg.init}: is a model with {has}; leave out what differs, or begin without --init")
+    name = options.data or (text_of(before) if before else None)
+    corpus = world.in_turn(lambda: load_corpus(name, options.encoding))
+    tokenizer, ids = corpus.tokenizer, corpus.ids
+    if world.told(corpus.sha256) != corpus.sha256:
+        raise UserError(f"--data {corpus.name}: is another text on this machine than on the first; copy it from there")
     need = 10 * (config.block_size + 1)
     if len(ids) < need:
         raise UserError(
@@ -2718,12 +2844,15 @@ def prepare_training(
     config = replace(config, vocab_size=len(tokenizer))
     if cfg.batch_size is None:
         cfg = replace(cfg, batch_size=6 if device.type == "cpu" else 64)
+    if cfg.batch_size < world.size:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {world.size}, one window for each process")
     if config.dropout is None:
         passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
-        return Trainer(config, cfg, ids, device, dtype), tokenizer, data
+        weights = adapt(old, characters, tokenizer.characters) if old else None
+        return Trainer(config, cfg, ids, device, dtype, weights, world), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -2735,74 +2864,97 @@ def prepare_training(
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train a model, from the start or from where the last run stopped, and save it to `--out`."""
-    out, checkpoint = options.out, checkpoint_path(options.out)
+    """Train a model, from the start or from where the last run stopped, and save it to `--out`.
+
+    Under torchrun several processes do so together, and the first of them does all that a person sees.
+    """
+    checkpoint_path(options.out)  # complains now, not after the download
     if options.tensorboard:
-        optional("torch.utils.tensorboard")  # complains now, not after the download
+        optional("torch.utils.tensorboard")
     device, dtype = choose_device(from_options(DeviceConfig, options))
-    with sole_training(out):
-        before = unfinished(options, checkpoint)
-        trainer, tokenizer, data = prepare_training(options, before, device, dtype)
-        config, cfg = trainer.model.config, trainer.cfg
-        training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
-        if before:
-            if before.data != data:
-                raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
-            try:
-                trainer.restore(safetensors.torch.load_file(checkpoint), before)
-            except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
-                reason = printable(str(error)).splitlines()[0]
-                raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
-            say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
+    with World.joined(device) as world:
+        if world.rank:
+            options.quiet, options.log, options.tensorboard = True, None, None
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            options.restart = False  # asked for once, not each time that torchrun begins again after a failure
+        with sole_training(options.out) if world.rank == 0 else nullcontext():
+            learn(options, device, dtype, world)
 
-        def story() -> Story:
-            loss = trainer.best_loss if trainer.history else None
-            return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
 
-        def sample() -> str:
-            texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
-            text = "".join(piece for (piece,) in texts)
-            trainer.model.train()
-            return text
-
-        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
-        if not options.quiet:
-            say(
-                f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
-                f"{config.n_parameters() / 1e6:.1f} M parameters on {device.type} in {training['dtype']}; "
-                f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
-                f"{passes:.0f} passes over the text, dropout {config.dropout}"
-            )
-        report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
+def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, world: World) -> None:
+    """The training itself, once the processes have met and the folder is ours."""
+    out, checkpoint = options.out, checkpoint_path(options.out)
+    before = world.told(unfinished(options, checkpoint) if world.rank == 0 else None)
+    trainer, tokenizer, data = prepare_training(options, before, device, dtype, world)
+    config, cfg = trainer.model.config, trainer.cfg
+    training = asdict(cfg) | dict(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    if before:
+        if before.data != data:
+            raise UserError(f"--data {data['name']}: has changed since {checkpoint} was written; use --restart")
         try:
-            fit(trainer, report, checkpoint, story)
-        except Diverged as error:  # and would again from the checkpoint; what was good before is the person's
-            best = out.with_stem(f"{out.stem}-best")
-            if trainer.best:
-                save_file(best, trainer.best, story())
-            checkpoint.unlink(missing_ok=True)
-            kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
-            raise UserError(f"{error}; {kept if trainer.best else 'nothing was measured before'}") from None
-        if not options.quiet:
-            say(loss_chart(trainer.history))
-        say("Training finished...")
-        try:
-            with interruptible():  # Ctrl-C must not cost a finished training
-                save_file(out, trainer.best, story())
-        except UserError as error:  # no room, or the folder is gone: hours of work must not be
-            kept = ""
-            with suppress(OSError, UserError):
-                other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
-                save_file(other, trainer.best, story())
-                kept = f"; this time the model is in {other}: move it from there"
-            raise UserError(f"{error}{kept}") from None
+            trainer.restore(safetensors.torch.load_file(checkpoint), before)
+        except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            reason = printable(str(error)).splitlines()[0]
+            raise UserError(f"{checkpoint}: cannot be continued ({reason}); use --restart") from None
+        say(f"Continuing the training in {checkpoint} at step {trainer.step:,}.")
+
+    def story() -> Story:
+        loss = trainer.best_loss if trainer.history else None
+        return Story(config, tokenizer.characters, data, training, trainer.step, loss, trainer.history)
+
+    def sample() -> str:
+        texts = write(trainer.model.eval(), tokenizer, "\n", SampleConfig(max_new=60), random_source(0))
+        text = "".join(piece for (piece,) in texts)
+        trainer.model.train()
+        return text
+
+    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+    first = f" of {cfg.init}" if cfg.init else ""
+    together = f", {world.size} processes" if world.size > 1 else ""
+    if not options.quiet:
+        say(
+            f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
+            f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}{together}; "
+            f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
+            f"{passes:.0f} passes over the text, dropout {config.dropout}"
+        )
+    report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
+    diverged = None
+    try:
+        fit(trainer, report, checkpoint, story)
+    except Diverged as error:
+        diverged = error
+    if world.rank:
+        return
+    if diverged:  # and would again from the checkpoint; what was good before is the person's
+        best = out.with_stem(f"{out.stem}-best")
+        if trainer.best:
+            save_file(best, trainer.best, story())
         checkpoint.unlink(missing_ok=True)
-        say(f"Model saved to {out}")
+        kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
+        raise UserError(f"{diverged}; {kept if trainer.best else 'nothing was measured before'}") from None
+    if not options.quiet:
+        say(loss_chart(trainer.history))
+    say("Training finished...")
+    try:
+        with interruptible():  # Ctrl-C must not cost a finished training
+            save_file(out, trainer.best, story())
+    except UserError as error:  # no room, or the folder is gone: hours of work must not be
+        kept = ""
+        with suppress(OSError, UserError):
+            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+            save_file(other, trainer.best, story())
+            kept = f"; this time the model is in {other}: move it from there"
+        raise UserError(f"{error}{kept}") from None
+    checkpoint.unlink(missing_ok=True)
+    say(f"Model saved to {out}")
 
 
 def run(options: argparse.Namespace) -> None:
     """The whole story: train unless there is a finished model, then talk."""
     sampling = replace(from_options(SampleConfig, options), seed=None)
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("torchrun: several processes can train, but not talk; give the command train")
     if options.restart or checkpoint_path(options.out).exists() or not options.out.exists():
         train(options)
     else:
@@ -2870,9 +3022,12 @@ def measure(options: argparse.Namespace) -> None:
     """Print the loss of a model on a text: the text it was trained on is examined in the part that it did not see."""
     (model, tokenizer, story), dtype = opened(options)
     corpus = load_corpus(options.data or text_of(story), options.encoding)
-    ids, part = tokenizer.encode(corpus.text).to(model.wte.weight.device), "whole text"
     if corpus.sha256 == story.data["sha256"]:
-        ids, part = split(ids)[1], "validation part"
+        ids, part = split(corpus.ids)[1], "validation part"
+    else:  # the model may have other ids for the characters than the text has
+        spelt, part = tokenizer.encode(corpus.tokenizer.characters), "whole text"
+        ids = torch.cat([spelt[piece.int()] for piece in corpus.ids.split(1 << 20)])
+    ids = ids.to(model.wte.weight.device)
     unknown = int((ids == 0).sum())
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
@@ -2921,6 +3076,9 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
+        if "WORLD_SIZE" in os.environ and isinstance(error, dist.DistError):
+            say("anexagpt.py: another process of this training has ended; the same command goes on from the checkpoint")
+            return 1
         if not out_of_memory(error):
             raise
         say("anexagpt.py: out of memory; close other programs, or take a smaller model, text or --block-size")

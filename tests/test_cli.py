@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, Answer, Server, prose, start
+from safetensors.torch import load_file
 
 import anexagpt
 from anexagpt import load_model
@@ -327,6 +329,73 @@ def test_run_with_other_options_than_the_model(cli, tmp_path):
     assert cli("run", "--size", "large").is_error("model.safetensors", "--n-layer 1, not 12", "--restart")
     assert cli("run", "--data", "prose.txt", *QUICK, "--n-layer", 2, "--restart", stdin="the\n").status == 0
     assert load_model(tmp_path / "model.safetensors", torch.device("cpu"))[2].config.n_layer == 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_init(cli, tiny, tmp_path, monkeypatch, again):
+    """Catches a fine-tuning that begins with other weights than the model's or with its steps and rates, a character
+    whose row went to another one, and an interrupted one that needs the model again, or does not take it again, or
+    does not end in the same bits."""
+    text = prose(500, seed=9).replace("h", "\u00fc").replace("o", "\u4e2d")
+    (tmp_path / "new.txt").write_text(text, encoding="utf-8")
+    begun = []
+    init = anexagpt.Trainer.__init__
+
+    def beginning(self, *arguments):
+        init(self, *arguments)
+        begun.append({name: weight.clone() for name, weight in self.model.state_dict().items()})
+
+    monkeypatch.setattr(anexagpt.Trainer, "__init__", beginning)
+    model = shutil.copy(tiny, tmp_path / "old.safetensors")
+    command = ["train", "--data", "new.txt", "--quiet", "--batch-size", 4, "--max-steps", 20, "--eval-interval", 10]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    assert cli(*command, "--init", model, "--out", "whole.safetensors").status == 0
+    old, before, told = load_model(tiny, torch.device("cpu"))
+    _, after, story = load_model(tmp_path / "whole.safetensors", torch.device("cpu"))
+    weights = old.state_dict()
+    rows, kept = begun[0].pop("wte.weight"), weights.pop("wte.weight")
+    assert begun[0].keys() == weights.keys() and all(torch.equal(begun[0][name], weights[name]) for name in weights)
+    assert "h" not in after.characters and "\u00fc" not in before.characters
+    for c, row in zip(after.characters, rows, strict=True):
+        mean = kept[1:].double().mean(0)
+        expected = kept[before.characters.index(c)] if c in before.characters else mean.float()
+        assert torch.allclose(row, expected, atol=1e-7), c
+    assert story.training["init"] == str(model) and story.step == 20 and [row[0] for row in story.history] == [10, 20]
+    assert story.data["name"] == "new.txt" and story.config.block_size == told.config.block_size
+    assert anexagpt.for_publishing(story).training["init"] == "old.safetensors"
+    update = anexagpt.Trainer.update
+
+    def updating(self):
+        update(self)
+        if self.step == 12:
+            signal.raise_signal(signal.SIGINT)
+
+    command += ["--out", "parts.safetensors"]
+    monkeypatch.setattr(anexagpt.Trainer, "update", updating)
+    assert cli(*command, "--init", model).status == 130
+    monkeypatch.setattr(anexagpt.Trainer, "update", update)
+    assert cli(*command, "--init", "other.safetensors").is_error("parts-checkpoint", f"--init {model}", "--restart")
+    os.unlink(model)
+    assert cli(*command, *(["--init", model] if again else [])).status == 0
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--init nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
+        ("--init new.txt", ["new.txt", "not a whole model"]),
+        ("--init {tiny} --n-layer 2", ["--init {tiny}", "--n-layer 1"]),
+        ("--init {tiny} --size small --block-size 16", ["--n-layer 1", "--n-head 2", "--n-embd 16"]),
+        ("--init {tiny} --block-size 8", ["--block-size 16"]),
+    ],
+)
+def test_init_that_cannot_be(cli, tiny, tmp_path, options, words):
+    """Catches a model that is missing or broken, or of another shape, told after the download or by a traceback."""
+    (tmp_path / "new.txt").write_text(prose(200))
+    result = cli("train", "--data", "nowhere.txt", *options.format(tiny=tiny).split())
+    assert result.is_error(*(word.format(tiny=tiny) for word in words)) and "nowhere.txt" not in result.err
 
 
 def test_generate_samples(cli, tiny):

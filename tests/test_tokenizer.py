@@ -44,13 +44,13 @@ def test_unknown_characters_are_zero(known, text):
     assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
-@pytest.mark.parametrize("size", [255, 256, 257, 3000])
+@pytest.mark.parametrize("size", [255, 256, 257, 3000, 65_535, 65_536])
 def test_many_characters(size):
-    """Catches ids that overflow one byte: with U+FFFD, 255 characters are the most that fit."""
-    text = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
+    """Catches ids that overflow one byte or two: with U+FFFD, 255 and 65,535 characters are the most that fit."""
+    text = "".join(map(chr, range(0x20000, 0x20000 + size)))
     ids = Tokenizer.of(text).encode(text)
     assert ids.tolist() == list(range(1, size + 1))
-    assert ids.dtype == (torch.uint8 if size < 256 else torch.int32)
+    assert ids.dtype == (torch.uint8 if size < 256 else torch.uint16 if size < 65_536 else torch.int32)
 
 
 def test_long_text():

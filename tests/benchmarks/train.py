@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--our-steps", type=int, default=520, help="steps that we need for it")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
-    text = anexagpt.prepare(options.text.read_bytes(), str(options.text))
+    text = "".join(anexagpt.read_text(options.text))
     prepare_nanogpt(options.nanogpt, text, "benchmark")
     figures: dict = dict(torch=torch.__version__, threads=torch.get_num_threads())
     for block, batch in ((64, 12), (256, 12)):
