@@ -143,7 +143,9 @@ class TrainConfig(Settings):
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
     warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
-    checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
+    checkpoint_interval: float | None = knob(
+        None, "seconds between two saves of the state (default: 60, more where saving takes over 1%% of them)", 0.0, 1e9
+    )
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
     init: str | None = knob(None, "model file whose weights are the first, to learn another text from there")
 
@@ -760,10 +762,6 @@ class Corpus:
     sha256: str  # of the text in UTF-8
     tokenizer: Tokenizer
     ids: Tensor  # (N,), in memory or, for a long text, in a file that is mapped into it
-
-    @property
-    def characters(self) -> int:
-        return len(self.ids)
 
 
 def survey(pieces: Iterable[str]) -> tuple[Tokenizer, str, int]:
@@ -1635,6 +1633,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
+    interval = 60.0 if cfg.checkpoint_interval is None else cfg.checkpoint_interval
     first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
@@ -1644,8 +1643,9 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > cfg.checkpoint_interval)
+                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > interval)
                 if stop or due:
+                    began = time.monotonic()
                     state = trainer.state()
                     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
@@ -1657,6 +1657,8 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                             raise
                         say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
+                    if cfg.checkpoint_interval is None:
+                        interval = max(60.0, 100 * (saved - began))
                 if stop and trainer.step < cfg.max_steps:
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
@@ -2823,7 +2825,7 @@ def prepare_training(
     cfg = from_options(TrainConfig, options, **{k: v for k, v in others.items() if k in known})
     others = asdict(before.config) if before else SIZES["small"]
     if cfg.init and not before:
-        old, characters, told = load_model(Path(cfg.init), device)
+        old, spelling, told = load_model(Path(cfg.init), device)
         others = {name: getattr(told.config, name) for name in others}
     shape = others | (SIZES[options.size] if options.size else {})
     config = from_options(GPTConfig, options, **(shape | dict(vocab_size=2)))  # complains now, not after the download
@@ -2851,7 +2853,7 @@ def prepare_training(
         config = replace(config, dropout=default_dropout(passes))
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
-        weights = adapt(old, characters, tokenizer.characters) if old else None
+        weights = adapt(old, spelling, tokenizer.characters) if old else None
         return Trainer(config, cfg, ids, device, dtype, weights, world), tokenizer, data
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -3076,7 +3078,7 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
-        if "WORLD_SIZE" in os.environ and isinstance(error, dist.DistError):
+        if "WORLD_SIZE" in os.environ and re.search("gloo|nccl|c10d", str(error), re.IGNORECASE):
             say("anexagpt.py: another process of this training has ended; the same command goes on from the checkpoint")
             return 1
         if not out_of_memory(error):

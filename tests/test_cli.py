@@ -341,8 +341,8 @@ def test_init(cli, tiny, tmp_path, monkeypatch, again):
     begun = []
     init = anexagpt.Trainer.__init__
 
-    def beginning(self, *arguments):
-        init(self, *arguments)
+    def beginning(self, *arguments, **named):
+        init(self, *arguments, **named)
         begun.append({name: weight.clone() for name, weight in self.model.state_dict().items()})
 
     monkeypatch.setattr(anexagpt.Trainer, "__init__", beginning)

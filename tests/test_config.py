@@ -115,7 +115,7 @@ def test_settings_cannot_change():
 OPTIONS = {  # from the documents, not from the code
     GPTConfig: "--block-size 32 --n-layer 2 --n-head 3 --n-embd 12 --dropout 0.25",
     TrainConfig: "--max-steps 7 --batch-size 6 --grad-accum 3 --muon-learning-rate 0.01 --learning-rate 0.002 "
-    "--weight-decay 0.3 --warmup-steps 5 --eval-interval 9 --checkpoint-interval 1.5 --seed 42",
+    "--weight-decay 0.3 --warmup-steps 5 --eval-interval 9 --checkpoint-interval 1.5 --seed 42 --init m.safetensors",
     SampleConfig: "--temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.05 --repetition-penalty 1.2 --max-new 11",
     DeviceConfig: "--device cpu --dtype float32",
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 import urllib3
 from conftest import TINY, Answer, prose
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -122,6 +122,7 @@ def test_other_encodings(cli):
 @given(
     st.text(st.characters(), max_size=60), st.integers(1, 9), st.sampled_from(["utf-8", "utf-16", "utf-32", "gb18030"])
 )
+@example("a\ufeff\r\n\rb\u00e9\r", 1, "utf-8")
 def test_pieces(text, size, encoding):
     """Catches a character or a line end that is lost or doubled where one piece of a file ends and the next begins."""
     with pytest.MonkeyPatch.context() as patch:
@@ -172,6 +173,7 @@ def test_the_real_shakespeare(server, mirrors, shakespeare):
     assert hashlib.sha256(shakespeare).hexdigest().startswith("86c4e6aa9db7c042")
     mirrors("shakespeare", server.page("/input.txt", Answer(shakespeare)))
     assert spelt(load_corpus("shakespeare")).encode() == shakespeare
+    assert spelt(load_corpus("shakespeare", "utf-16")).encode() == shakespeare  # --encoding is for a person's own text
 
 
 def test_mirrors():
@@ -299,7 +301,7 @@ def test_without_network_the_default_is_pythons_documentation(mirrors, dead, cap
     assert any("NOTE" in line and "python-docs" in line for line in notes)
     assert any("NOTE" in line and "could not be downloaded" in line and "no connection" in line for line in notes)
     assert corpus.name == "python-docs" and corpus.sha256 == load_corpus("python-docs").sha256
-    assert corpus.characters > 300_000
+    assert len(corpus.ids) > 300_000
     assert all(topic in spelt(corpus) for topic in pydoc_data.topics.topics.values())
 
 
@@ -331,7 +333,7 @@ def test_several_names(cli):
         Path(name).write_text(text)
     corpus = load_corpus("a.txt + b.txt + c d.txt + a.txt")
     assert corpus.name == "a.txt + b.txt + c d.txt + a.txt" and spelt(corpus) == "one\ntwo\none"
-    assert corpus.sha256 == hashlib.sha256(b"one\ntwo\none").hexdigest() and corpus.characters == 11
+    assert corpus.sha256 == hashlib.sha256(b"one\ntwo\none").hexdigest() and len(corpus.ids) == 11
     assert spelt(load_corpus("e + f.txt")) == "three"
     assert spelt(load_corpus("python-docs + a.txt")).endswith("\none")
     assert cli("train", "--data", "a.txt", "nowhere.txt").is_error("--data nowhere.txt", "sherlock")
@@ -368,7 +370,7 @@ def test_long_text(monkeypatch, size):
     corpus = load_corpus("x.txt")
     assert spelt(corpus) == spelt(short) == text and corpus.ids.dtype == short.ids.dtype
     assert corpus.ids.element_size() == (1 if size < 256 else 2 if size < 65_536 else 4)
-    assert (corpus.name, corpus.sha256, corpus.characters) == (short.name, short.sha256, short.characters)
+    assert (corpus.name, corpus.sha256, len(corpus.ids)) == (short.name, short.sha256, len(short.ids))
     assert corpus.tokenizer.characters == short.tokenizer.characters
     (path,) = ids_files()
     assert load_file(path)["ids"].tolist() == short.ids.tolist()  # as anybody else reads it
@@ -448,13 +450,13 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert corpus.characters == os.path.getsize("x.txt") and peak < 0x110000 * 4 + 2_000_000
+    assert len(corpus.ids) == os.path.getsize("x.txt") and peak < 0x110000 * 4 + 2_000_000
 
 
 def test_training_and_eval_with_a_long_text(cli, long):
     """Catches a training from a file of ids that differs from one from memory, and an eval that does not find it."""
     Path("x.txt").write_text(prose(400))
-    Path("y.txt").write_text(prose(400, seed=2))
+    Path("y.txt").write_text(prose(400, seed=2) + "".join(map(chr, range(0x4E00, 0x4F00))), encoding="utf-8")  # 16 bits
     options = ["--data", "x.txt", "y.txt", "--quiet", *TINY, "--max-steps", 4, "--eval-interval", 2]
     assert cli("train", *options).status == 0 and len(ids_files()) == 1
     from_file = load_file("model.safetensors")

@@ -24,7 +24,13 @@ def memory(entry):  # MB, as Linux counts it
 anexagpt.torch.zeros(1).add(1)
 before, start = memory("VmRSS"), time.perf_counter()
 corpus = anexagpt.load_corpus("text.txt")
-print(time.perf_counter() - start, memory("VmHWM") - before, corpus.characters, corpus.ids.element_size())
+print(time.perf_counter() - start, memory("VmHWM") - before, len(corpus.ids), corpus.ids.element_size())
+starts = anexagpt.window_starts(0, 1000, 6, len(corpus.ids), 256, 1)
+for ids in corpus.ids, corpus.ids.clone():
+    start = time.perf_counter()
+    for step in starts:
+        ids.unfold(0, 257, 1)[step]
+    print(time.perf_counter() - start)
 """
 
 
@@ -54,7 +60,7 @@ def main():
     if options.curly:
         texts = [text.replace("'", "\u2019") for text in texts]
     rows = []
-    print("    MB  first run s    MB/s  memory MB  later run s  memory MB")
+    print("    MB  first run s    MB/s  memory MB  later run s  memory MB  ms a step's windows from file  from memory")
     for megabytes in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             size = mix(Path(folder) / "text.txt", texts, megabytes)
@@ -66,10 +72,12 @@ def main():
                     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{MEASURE}"]
                     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
                     runs.append([float(word) for word in done.stdout.split()])
-        (seconds, memory, characters, width), again = sorted(first)[len(first) // 2], sorted(later)[len(later) // 2]
+        seconds, memory, characters, width, *_ = sorted(first)[len(first) // 2]
+        again = sorted(later)[len(later) // 2]
         row = dict(bytes=size, characters=int(characters), bytes_per_id=int(width), seconds=seconds, memory_mb=memory)
-        rows.append(row | dict(later_seconds=again[0], later_memory_mb=again[1]))
+        rows.append(row | dict(later_seconds=again[0], later_memory_mb=again[1], windows_ms=again[4:]))
         figures = f"{seconds:12.3f} {size / 1e6 / seconds:7.0f} {memory:10.0f} {again[0]:12.4f} {again[1]:10.0f}"
+        figures += f"{again[4]:31.3f}{again[5]:13.3f}"
         print(f"{size / 1e6:6.0f} {figures}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
