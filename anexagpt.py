@@ -143,7 +143,9 @@ class TrainConfig(Settings):
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
     warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
-    checkpoint_interval: float = knob(60.0, "seconds between two saves of the training's state", 0.0, 1e9)
+    checkpoint_interval: float | None = knob(
+        None, "seconds between two saves of the state (default: 60, more where saving takes over 1%% of them)", 0.0, 1e9
+    )
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
     init: str | None = knob(None, "model file whose weights are the first, to learn another text from there")
 
@@ -1114,7 +1116,7 @@ def parse_story(metadata: dict[str, str]) -> Story:
     return Story(**told)
 
 
-def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
+def open_file(path: Path, cure: str = "train one, or fetch it again") -> tuple[Story, dict[str, tuple]]:
     """Story of a safetensors file of ours, and (shape, dtype) of each tensor; no tensor is read.
 
     raises  UserError if there is no such file, or it is not whole, or not ours
@@ -1132,7 +1134,7 @@ def open_file(path: Path) -> tuple[Story, dict[str, tuple]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UserError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         reason = printable(str(error)).replace("\n", " ")[:200]
-        raise UserError(f"{path}: not a whole model of Anexa: {reason}; train one, or fetch it again") from None
+        raise UserError(f"{path}: not a whole model of Anexa: {reason}; {cure}") from None
 
 
 class Unfilled(torch.overrides.TorchFunctionMode):
@@ -1631,6 +1633,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     raises  KeyboardInterrupt, SystemExit or UserError, Diverged among them
     """
     cfg, saved = trainer.cfg, time.monotonic()
+    interval = 60.0 if cfg.checkpoint_interval is None else cfg.checkpoint_interval
     first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
@@ -1640,8 +1643,9 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > cfg.checkpoint_interval)
+                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > interval)
                 if stop or due:
+                    began = time.monotonic()
                     state = trainer.state()
                     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
@@ -1653,6 +1657,8 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                             raise
                         say(f"NOTE: {error}; the training goes on without")
                     saved = time.monotonic()
+                    if cfg.checkpoint_interval is None:
+                        interval = max(60.0, 100 * (saved - began))
                 if stop and trainer.step < cfg.max_steps:
                     report.close()
                     say(f"Stopped at step {trainer.step:,}, kept in {checkpoint}; the same command goes on from there.")
@@ -2784,7 +2790,7 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     """
     if options.restart or not checkpoint.exists():
         return None
-    story, _ = open_file(checkpoint)
+    story, _ = open_file(checkpoint, "begin anew with --restart")
     difference = conflict(options, story)
     if not difference:
         return story
@@ -2933,7 +2939,8 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
         say(loss_chart(trainer.history))
     say("Training finished...")
     try:
-        save_file(out, trainer.best, story())
+        with interruptible():  # Ctrl-C must not cost a finished training
+            save_file(out, trainer.best, story())
     except UserError as error:  # no room, or the folder is gone: hours of work must not be
         kept = ""
         with suppress(OSError, UserError):

@@ -1,10 +1,12 @@
 """What several test files share. Models are tiny, servers are on the loopback, and no test needs the internet."""
 
+import errno
 import io
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +51,25 @@ def prose(words: int = 2_000, seed: int = 1) -> str:
     """English-looking text, the same for the same seed, so that tests need no file."""
     draw, some = random.Random(seed), WORDS.split()
     return " ".join(draw.choice(some) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(words)) + "\n"
+
+
+# ---- no network ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch):
+    """No test reaches beyond this machine; where it is tried, the test fails, whatever the program makes of it."""
+    tried, connect = [], socket.socket.connect
+
+    def connecting(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            tried.append(address)
+            raise OSError(errno.ENETUNREACH, "tests have no network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connecting)
+    yield
+    assert not tried, f"the network was asked for: {tried}"
 
 
 # ---- real texts ------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_set_without_value_is_the_default(session, capsys):
     ("/attn 1 2 3", "usage: /attn [layer] [head]"),
     ("/load ~nobody-of-that-name/x", "No such file"),
     ("/load a\0b", "No such file"),
-    ("/load /", "directory|denied"),
+    ("/load /", "is not a file"),
     ("/save ", "usage: /save FILE"),
     ("/attn one", "there is no answer yet|usage: /attn"),
     ("/respond x", "/respond: unknown"),

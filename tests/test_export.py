@@ -256,14 +256,14 @@ def test_full_disk_leaves_the_folder_as_it_was(trained, tmp_path, cli, monkeypat
     folder = tmp_path / "new"
     if there:
         shutil.copytree(trained / "hf", folder)
-    before, write_bytes = [content(folder)] if there else [], Path.write_bytes
+    before, fsync = [content(folder)] if there else [], os.fsync
 
-    def full(path, data):
-        if path.name == "tokenizer.json":
-            raise OSError(28, "No space left on device", str(path))
-        return write_bytes(path, data)
+    def full(number):
+        if list(tmp_path.glob(".new.tmp/.tokenizer.json.*")):
+            raise OSError(28, "No space left on device")
+        fsync(number)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert cli("export", folder, "--model", trained / "model.safetensors").is_error("No space")
     assert [content(path) for path in tmp_path.iterdir()] == before
 

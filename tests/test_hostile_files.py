@@ -27,7 +27,9 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     files = fuzz.good_files(folder)
     options = ["train", *fuzz.SETTINGS.split(), "--seed", "2", "--data", str(folder / "text.txt")]
-    trainer, _, _ = anexagpt.prepare_training(anexagpt.parse_options(options), None, CPU, torch.float32)
+    trainer, _, _ = anexagpt.prepare_training(
+        anexagpt.parse_options(options), None, CPU, torch.float32, anexagpt.World()
+    )
     return files, folder / "case", trainer
 
 

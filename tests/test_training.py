@@ -382,7 +382,7 @@ def test_damaged_checkpoint(cli, text, tmp_path, monkeypatch):
     cli(*text)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    assert cli(*text).is_error("checkpoint.safetensors")
+    assert cli(*text).is_error("checkpoint.safetensors", "--restart")
     assert cli(*text, "--restart", "--quiet").status == 0
 
 

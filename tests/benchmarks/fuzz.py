@@ -72,7 +72,7 @@ def good_files(folder: Path) -> dict[str, bytes]:
     with contextlib.redirect_stderr(io.StringIO()):
         anexagpt.train(anexagpt.parse_options(options))
         parsed = anexagpt.parse_options([*options, "--seed", "2"])
-        trainer, _, _ = anexagpt.prepare_training(parsed, None, CPU, torch.float32)
+        trainer, _, _ = anexagpt.prepare_training(parsed, None, CPU, torch.float32, anexagpt.World())
         for step in range(4):
             trainer.update()
             if step % 2:
@@ -316,7 +316,7 @@ def fuzz(readers: dict[str, int], seed: int = 1, keep: Path | None = None, tell=
         options = anexagpt.parse_options(
             ["train", *SETTINGS.split(), "--seed", "2", "--data", str(folder / "text.txt")]
         )
-        trainer, _, _ = anexagpt.prepare_training(options, None, CPU, torch.float32)
+        trainer, _, _ = anexagpt.prepare_training(options, None, CPU, torch.float32, anexagpt.World())
         for reader, n in readers.items():
             _, sources, ways = READERS[reader]
             for i in range(n):
