@@ -1014,7 +1014,7 @@ class Muon:
 # model.safetensors holds the weights and, as JSON in the header, everything else that is needed to use them.
 
 FORMAT_VERSION = "1"
-HUGE = 1e6  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
+HUGE = 1e3  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
 
 
 @dataclass(frozen=True)
@@ -1157,6 +1157,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Story]
             raise UserError(f"{path}: not a model of Anexa: {rule}; train one, or fetch it again")
 
     demand(len(found) == 4 + 12 * story.config.n_layer, "its tensors are not those of its config")
+    demand(story.validation_loss is not None, "its validation_loss is missing")
     with torch.device("meta"), Unfilled():  # shapes without memory
         model = GPT(story.config)
     exported = "transformer.wte.weight" in found  # by `export`: names as transformers has them, matrices transposed
@@ -1477,7 +1478,11 @@ class Trainer:
         self.history.append([self.step, round(training, 6), round(validation, 6)])
         if validation < self.best_loss:
             self.best_loss = validation
-            self.best = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+            self.keep()
+
+    def keep(self) -> None:
+        """Make the weights as they are the best."""
+        self.best = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
 
     def overfitting(self) -> bool:
         """Whether validation loss has risen for five measurements while training loss fell."""
@@ -1511,10 +1516,11 @@ class Trainer:
         self.best_loss = math.inf if story.validation_loss is None else story.validation_loss
         self.at.fill_(self.step)
         self.losses.copy_(tensors["losses"])
-        for name, weight in self.model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
-            if self.history:
-                self.best[name] = tensors[f"best.{name}"].to(self.device)
+        for kind in ("best", "model") if self.history else ("model",):
+            # Not copy_, which would stretch what has another shape.
+            self.model.load_state_dict({n: tensors[f"{kind}.{n}"] for n, _ in self.model.named_parameters()})
+            if kind == "best":
+                self.keep()
         for i, buffer in enumerate(self.muon.buffers):
             buffer.copy_(tensors[f"muon.{i}"])
         optimizer = self.adamw.state_dict()
@@ -1527,7 +1533,7 @@ class Trainer:
                 raise ValueError("its optimizer is that of another network")
         self.averaged = self.step
         if self.world.rank:  # its own random numbers, which nobody has kept
-            torch.manual_seed((self.cfg.seed + self.world.rank) * 1_000_003 + self.step)
+            torch.manual_seed(((self.cfg.seed + self.world.rank) * 1_000_003 + self.step) % 2**63)
             return
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
@@ -1953,7 +1959,7 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
             stages[f"{label} {value:g}"] = likeliest if on.temperature == 0 else left.softmax(-1)
     order = stages["model"].argsort(descending=True).tolist()
     n = max(4, min(12, frame.height - 6))
-    room = (frame.width - 8) // len(stages)  # cells for a stage
+    room = max(2, (frame.width - 8) // len(stages))  # cells for a stage
     highest = max(float(p.max()) for p in stages.values())
     lines = Text(f"After {ending(text, frame.width - 20)}, in percent:\n    next")
     lines.append("".join(f" {name[: room - 1]:<{room - 1}}" for name in stages), "bold")
@@ -2779,7 +2785,8 @@ def sole_training(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes nothing that is open
+            path.unlink()
         lock.release()
 
 
@@ -2798,7 +2805,10 @@ def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UserError(f"{what}; leave out what differs to go on with it, or begin anew with --restart")
     say(what)
-    if input("Begin anew and lose it? [y/N] ").strip().lower() not in ("y", "yes"):
+    answer = ""
+    with suppress(EOFError):  # Ctrl-D
+        answer = input("Begin anew and lose it? [y/N] ").strip().lower()
+    if answer not in ("y", "yes"):
         raise UserError("nothing was done; leave out what differs to go on with that training")
     return None
 
@@ -2809,7 +2819,7 @@ def text_of(story: Story) -> str:
     raises  UserError if it would be a device, or a download: a stranger's file must not make the program ask a network
     """
     for name in story.data["name"].split(" + "):
-        if re.match("https?://", name, re.IGNORECASE):
+        if re.match(r"https?://|[\\/]{2}", name, re.IGNORECASE):  # Windows looks for \\PC\FILE in the network
             if not copy_of(name).exists():
                 raise UserError(f"--data: the text is at {name}; to fetch it from there, give that address with --data")
         elif name not in TEXTS and os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
@@ -3034,7 +3044,7 @@ def measure(options: argparse.Namespace) -> None:
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
     loss, count = evaluate(model, ids, dtype)
-    figures = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(loss):.3f}"
+    figures = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(min(loss, 700)):.3f}"
     print(f"{printable(corpus.name)}, {part}: {figures}, over {count:,} characters")
     if unknown:
         say(f"({unknown:,} characters that the model does not know were left out)")

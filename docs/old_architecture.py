@@ -455,7 +455,7 @@ class Adam:
 # A safetensors file: 8 bytes with the length of a JSON header, the header, then all the numbers, raw and little-endian.
 
 FORMAT_VERSION = "1"
-HUGE = 1e6  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
+HUGE = 1e3  # no weight of a trained network comes near it; from far above it the arithmetic would overflow
 
 
 @dataclass

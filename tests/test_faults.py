@@ -454,6 +454,20 @@ def test_two_trainings_in_one_folder(cli, monkeypatch):
     assert names() == {"prose.txt", "model.safetensors", "other.safetensors"}
 
 
+def test_a_lock_that_cannot_be_removed(cli, monkeypatch):
+    """Catches a finished training that ends with an error on Windows, where nobody removes a file that is open."""
+    unlink = Path.unlink
+
+    def unlinking(self, missing_ok=False):
+        if self.suffix == ".lock":
+            raise PermissionError(errno.EACCES, "in use", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlinking)
+    for _ in range(2):
+        assert cli("train", *OPTIONS, "--restart").status == 0
+
+
 def test_clock_that_goes_backwards(cli, monkeypatch):
     """Catches a negative time that becomes an error, a saving without end, or other weights."""
     assert cli("train", *OPTIONS, "--quiet", "--out", "whole.safetensors").status == 0
@@ -494,7 +508,7 @@ def test_saving_takes_less_than_one_percent(cli, monkeypatch, seconds, saves):
     assert len(saved) == saves and all(b - a > 100 * seconds for a, b in pairwise(saved))
 
 
-@pytest.mark.parametrize("answer", ["y", "YES ", "", "n"])
+@pytest.mark.parametrize("answer", ["y", "YES ", "", "n", None])
 def test_question_on_a_terminal(cli, monkeypatch, answer):
     """Catches a training that is thrown away without a question, or with any other answer than yes."""
 
@@ -506,9 +520,15 @@ def test_question_on_a_terminal(cli, monkeypatch, answer):
     assert cli("train", *OPTIONS).status == 130
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(anexagpt, "input", lambda question: answer, raising=False)
+
+    def ask(question: str) -> str:
+        if answer is None:
+            raise EOFError  # Ctrl-D
+        return answer
+
+    monkeypatch.setattr(anexagpt, "input", ask, raising=False)
     options = anexagpt.parse_options(["train", *OPTIONS, "--seed", "5"])
-    if answer.strip().lower().startswith("y"):
+    if answer and answer.strip().lower().startswith("y"):
         assert anexagpt.unfinished(options, Path("checkpoint.safetensors")) is None
     else:
         with pytest.raises(UserError, match="nothing was done"):
@@ -664,7 +684,7 @@ def test_no_network_but_what_was_asked_for(cli, tiny):
 
 
 @pytest.mark.parametrize(
-    "name", ["http://127.0.0.1:9/x", "HTTPS://127.0.0.1:9/x", "/dev/zero", "prose.txt + http://127.0.0.1:9/x"]
+    "name", ["http://127.0.0.1:9/x", "HTTPS://127.0.0.1:9/x", "/dev/zero", "prose.txt + http://127.0.0.1:9/x", "//pc/x"]
 )
 def test_a_file_cannot_send_the_program_somewhere(cli, tiny, monkeypatch, name):
     """Catches a stranger's model or checkpoint that makes the program ask an address, or read without end."""

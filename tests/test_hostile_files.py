@@ -65,12 +65,24 @@ def test_many_layers(tmp_path, reader, n, expected):
     assert fuzz.case(reader, path) == expected
 
 
+@pytest.mark.parametrize("command", ["explain dog", "eval --data text.txt", "generate dog --top-p 0.9"])
+def test_weights_as_large_as_allowed(cli, tiny, command):
+    """Catches overflow and not-a-number where the largest weights that are let in are reckoned with."""
+    model, _, story = anexagpt.load_model(tiny, CPU)
+    draw = torch.Generator().manual_seed(1)
+    largest = {n: torch.randn(w.shape, generator=draw).sign() * 999 for n, w in model.named_parameters()}
+    anexagpt.save_file(Path("model.safetensors"), largest, story)
+    Path("text.txt").write_text("the dog saw the cat and ran home " * 9)
+    result = cli(*command.split())
+    assert result.status == 0 and "\ufffd" not in result.out and "nan" not in result.out, result
+
+
 @pytest.mark.parametrize("reader", ["model", "old architecture"])
 def test_weights_that_overflow(good, reader):
     """Catches a model whose weights are numbers, but too large to reckon with, and a traceback when it is to write."""
     files, path, _ = good
     n = 8 + int.from_bytes(files["model"][:8], "little")
-    for value in (3e38, -3e38, 1e20, 1e6):
+    for value in (3e38, -3e38, 1e20, 1e6, 1e3):
         path.unlink(missing_ok=True)
         number = torch.tensor([value]).numpy().tobytes()
         path.write_bytes(files["model"][:n] + number * ((len(files["model"]) - n) // 4))

@@ -183,6 +183,14 @@ def test_foreign(tmp_path):
     refused(path, "format_version")
 
 
+def test_a_model_that_was_never_measured(tiny, tmp_path):
+    """Catches a null that passes as a loss, and ends the export with a traceback."""
+    model, _, story = load_model(tiny, CPU)
+    told = anexagpt.replace(story, validation_loss=None)
+    save_file(tmp_path / "m.safetensors", dict(model.named_parameters()), told)
+    refused(tmp_path / "m.safetensors", "validation_loss")
+
+
 def test_checkpoint_is_not_a_model(tiny, tmp_path):
     """Catches a checkpoint given to chat, which holds more tensors under other names."""
     model, _, story = load_model(tiny, CPU)

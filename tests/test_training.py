@@ -386,6 +386,29 @@ def test_damaged_checkpoint(cli, text, tmp_path, monkeypatch):
     assert cli(*text, "--restart", "--quiet").status == 0
 
 
+def test_best_weights_of_another_network():
+    """Catches best weights of another shape, which nothing reads before they are saved as the model."""
+    it = trainer(max_steps=2)
+    it.update()
+    it.evaluate()
+    state = {name: tensor.clone() for name, tensor in it.state().items()}
+    with pytest.raises(RuntimeError):
+        trainer(max_steps=2).restore(state | {"best.ln_f.weight": torch.ones(1)}, story_of(it))
+
+
+def test_random_numbers_of_other_processes_continue():
+    """Catches a seed that is a number for one process and too large for the next, when they continue."""
+    it = trainer(seed=2**63 - 1)
+    it.update()
+    state, story = {name: tensor.clone() for name, tensor in it.state().items()}, story_of(it)
+    drawn = []
+    for rank in (1, 2):
+        it.world = anexagpt.World(rank, 3)
+        it.restore(state, story)
+        drawn.append(torch.rand(9))
+    assert not torch.equal(*drawn)
+
+
 def test_checkpoint_of_another_network(cli, text, tmp_path, monkeypatch):
     """Catches a checkpoint whose tensors do not fit its story."""
     interrupt(monkeypatch, 9)
@@ -400,6 +423,7 @@ def test_checkpoint_of_another_network(cli, text, tmp_path, monkeypatch):
         {"rng.cpu": torch.zeros(3)},
         {"rng.cpu": torch.zeros(3, dtype=torch.uint8)},
         {"adamw.0.exp_avg": torch.zeros(7)},
+        {"model.ln_f.weight": torch.ones(1)},  # fits, if it is stretched
     ):
         safetensors.torch.save_file(tensors | change, path, metadata=metadata)
         result = cli(*text)

@@ -252,6 +252,13 @@ def test_tokens(tokenizer):
 HARD = "a\u4f60" * 40 + "\u0301\x1b[31m\x07\x00\u202e\t\u200b\ud800\n\U0001f600" * 9 + "e\u0301" * 30
 
 
+def test_a_terminal_of_few_cells(model, tokenizer):
+    """Catches a traceback where a window is drawn very small."""
+    cfg = anexagpt.SampleConfig(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    for width in range(1, 20):
+        anexagpt.probs_view(model, tokenizer, "Hello", cfg, anexagpt.Frame(width, 5))
+
+
 @pytest.mark.parametrize("width", [80, 40])
 def test_no_view_is_wider_than_the_terminal_or_steers_it(model, tokenizer, width):
     """Fails if a wide, combining or control character breaks a line's width, or reaches the terminal as it is."""
