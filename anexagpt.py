@@ -143,9 +143,7 @@ class TrainConfig(Settings):
     weight_decay: float = knob(0.1, "decay of the blocks' matrices, as a multiple of their rate", 0.0, 10.0)
     warmup_steps: int = knob(50, "updates until the rates reach their peak; then they fall to zero", 0, 100_000_000)
     eval_interval: int = knob(250, "updates between two measurements of the validation loss", 1, 100_000_000)
-    checkpoint_interval: float | None = knob(
-        None, "seconds between two saves of the state (default: 60, more where saving takes over 1%% of them)", 0.0, 1e9
-    )
+    checkpoint_interval: float | None = knob(None, "seconds between saves (default: 60, more if slow)", 0.0, 1e9)
     seed: int = knob(1337, "first weights, order of the text and dropout follow from it", 0, 2**63 - 1)
     init: str | None = knob(None, "model file whose weights are the first, to learn another text from there")
 
@@ -165,9 +163,7 @@ class SampleConfig(Settings):
     temperature: float = knob(0.8, "below 1 safer, above 1 wilder; 0 always takes the likeliest character", 0.0, 100.0)
     top_k: int = knob(0, "choose among the k likeliest characters only; 0 is off", 0, 0x110000)
     top_p: float = knob(1.0, "choose among the likeliest that together have this probability; 1 is off", 0.0, 1.0)
-    min_p: float = knob(
-        0.0, "leave out what has less than this share of the likeliest's probability; 0 is off", 0.0, 1.0
-    )
+    min_p: float = knob(0.0, "leave out what is less likely than this share of the likeliest; 0 is off", 0.0, 1.0)
     repetition_penalty: float = knob(1.0, "above 1 makes characters that already occurred less likely", 0.01, 100.0)
     max_new: int = knob(300, "characters to write", 0, 10**12, short="-n")
     stop: tuple[str, ...] = knob((), "stop before this text appears; may be given several times")
@@ -223,10 +219,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest what was probably meant, and without guessing from abbreviations."""
 
     def __init__(self, **options):
-        def formatter(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)
-
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
+        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)  # noqa: E731
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -249,6 +243,8 @@ class Parser(argparse.ArgumentParser):
 
 # Options that are no setting: the commands that have them, their names, and what argparse is told of them.
 FILE = dict(type=Path, metavar="FILE")
+SAVED = dict(**FILE, default=Path(MODEL))
+TEXT = dict(nargs="+", metavar="TEXT")
 ARGUMENTS = (
     ("generate", "prompt", dict(help="text to continue")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write at once (default: 1)")),
@@ -263,35 +259,16 @@ ARGUMENTS = (
     ("export", "--force", dict(action="store_true", help="replace files that export did not write")),
     ("push", "name", dict(metavar="USER/NAME", help="what the model is called on the Hub")),
     ("push", "--private", dict(action="store_true", help="only you can see it")),
-    (
-        "export push",
-        "--license",
-        dict(default="unknown", metavar="ID", help="of the weights, in the Hub's spelling, as mit"),
-    ),
-    ("run train", "--out", dict(**FILE, default=Path(MODEL), help=f"where the model goes (default: {MODEL})")),
+    ("export push", "--license", dict(default="unknown", metavar="ID", help="of the weights, as the Hub spells it")),
+    ("run train", "--out", dict(**SAVED, help=f"where the model goes (default: {MODEL})")),
     ("run train", "--restart", dict(action="store_true", help="train anew, whatever was there before")),
     ("run train", "--quiet", dict(action="store_true", help="no progress")),
     ("run train", "--log", dict(**FILE, help="keep losses, rates and speed in a CSV file")),
     ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="the same and samples for TensorBoard")),
-    (
-        "run train",
-        "--size",
-        dict(choices=SIZES, help="shape of the network: 0.8, 10.7 or 86 M parameters (default: small)"),
-    ),
-    (
-        "chat generate explain eval info export push",
-        "--model",
-        dict(**FILE, default=Path(MODEL), help=f"model file (default: {MODEL})"),
-    ),
-    (
-        "run train eval",
-        "--data",
-        dict(
-            nargs="+",
-            metavar="TEXT",
-            help=f"{', '.join(TEXTS)}, files, folders of *.txt, addresses (default: sherlock; eval: the model's)",
-        ),
-    ),
+    ("run train", "--size", dict(choices=SIZES, help="0.8, 10.7 or 86 M parameters (default: small)")),
+    ("chat generate explain eval info export push", "--model", dict(**SAVED, help=f"model file (default: {MODEL})")),
+    ("run train", "--data", dict(**TEXT, help=f"{', '.join(TEXTS)}, files, folders of *.txt, addresses")),
+    ("eval", "--data", dict(**TEXT, help="text to measure it on, as in training (default: the model's own)")),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text (default: utf-8)")),
 )
 SETTINGS = (
@@ -1060,59 +1037,45 @@ def parse_story(metadata: dict[str, str]) -> Story:
     raises  UserError or ValueError saying what is wrong with it
     """
 
-    def refuse(constant):
+    def demand(condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(rule)
+
+    def refuse(constant: str):
         raise ValueError(f"{constant} is not a number")
 
-    if metadata.get("format_version") != FORMAT_VERSION:
-        found = printable(metadata.get("format_version", "none"))[:20]
-        raise ValueError(f"its format_version is {found}, this program reads {FORMAT_VERSION}")
+    def number(value) -> bool:
+        return isinstance(value, int | float) and abs(value) < 1e15
+
+    version = printable(metadata.get("format_version", "none"))[:20]
+    demand(version == FORMAT_VERSION, f"its format_version is {version}, this program reads {FORMAT_VERSION}")
+    types = dict(config=dict, characters=str, data=dict, training=dict, step=int, validation_loss=int | float | None)
     told = {}
-    for entry in fields(Story):
-        if entry.name not in metadata:
-            raise ValueError(f"its header has no {entry.name}")
-        told[entry.name] = json.loads(metadata[entry.name], parse_constant=refuse)
-    number = lambda value, kind=int | float: isinstance(value, kind) and abs(value) < 1e15  # noqa: E731
-    types = dict(
-        config=dict,
-        characters=str,
-        data=dict,
-        training=dict,
-        step=int,
-        validation_loss=int | float | None,
-        history=list,
-    )
-    for name, kind in types.items():
-        if not isinstance(told[name], kind):
-            raise ValueError(f"its {name} is not of the right type")
-    if told["config"].keys() != {knob.name for knob in fields(GPTConfig)}:
-        raise ValueError("its config does not have the right entries")
+    for name, kind in (types | dict(history=list)).items():
+        demand(name in metadata, f"its header has no {name}")
+        told[name] = json.loads(metadata[name], parse_constant=refuse)
+        demand(isinstance(told[name], kind), f"its {name} is not of the right type")
+    characters, data = told["characters"], told["data"]
+    names = {knob.name for knob in fields(GPTConfig)}
+    demand(told["config"].keys() == names, "its config does not have the right entries")
     config = told["config"] = GPTConfig(**told["config"])
-    characters = told["characters"]
     characters.encode()  # refuses surrogates
-    if characters[:1] != UNKNOWN or list(characters[1:]) != sorted(set(characters[1:])) or UNKNOWN in characters[1:]:
-        raise ValueError("its characters are not U+FFFD followed by different characters in order")
-    if len(characters) != config.vocab_size:
-        raise ValueError(f"it has {len(characters)} characters, but a vocab_size of {config.vocab_size}")
-    if not isinstance(told["training"].get("init"), str | None):
-        raise ValueError("its training has an init that is not the name of a file")
-    name = told["data"].get("name")
-    if not isinstance(name, str) or not isinstance(told["data"].get("sha256"), str):
-        raise ValueError("its data set has no name or no sha256")
-    if not number(told["data"].get("characters")):
-        raise ValueError("its data set has no number of characters")
-    told["data"]["name"] = printable(name).replace("\n", " ")
-    if not 0 <= told["step"] < 1e15 or not number(told["validation_loss"] or 0):
-        raise ValueError("its step or validation_loss is out of range")
-    before = 0
+    in_order = [UNKNOWN, *sorted({*characters} - {UNKNOWN})]
+    demand([*characters] == in_order, "its characters are not U+FFFD followed by different characters in order")
+    count = len(characters)
+    demand(count == config.vocab_size, f"it has {count} characters, but a vocab_size of {config.vocab_size}")
+    demand(isinstance(told["training"].get("init"), str | None), "its init is not the name of a file")
+    demand(isinstance(data.get("name"), str), "its data set has no name")
+    demand(isinstance(data.get("sha256"), str), "its data set has no sha256")
+    demand(number(data.get("characters")), "its data set has no number of characters")
+    data["name"] = printable(data["name"]).replace("\n", " ")
+    demand(0 <= told["step"] < 1e15, "its step is out of range")
+    demand(number(told["validation_loss"] or 0), "its validation_loss is out of range")
+    last = 0
     for row in told["history"]:
-        if (
-            not isinstance(row, list)
-            or len(row) != 3
-            or not all(map(number, row))
-            or not before < row[0] == int(row[0])
-        ):
-            raise ValueError("its history is not made of step, training loss and validation loss, in order")
-        before = row[0]
+        fits = isinstance(row, list) and len(row) == 3 and all(map(number, row)) and last < row[0] == int(row[0])
+        demand(fits, "its history is not made of step, training loss and validation loss, in order")
+        last = row[0]
     return Story(**told)
 
 
@@ -1205,9 +1168,7 @@ def choose_device(wanted: DeviceConfig) -> tuple[torch.device, torch.dtype]:
     name = next(n for n in there if there[n]) if wanted.device == "auto" else wanted.device
     if not there[name]:
         usable = ", ".join(n for n in there if there[n])
-        raise UserError(
-            f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; it can use {usable}"
-        )
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device; it can use {usable}")
     native = dict(
         cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         mps=lambda: False,
@@ -1237,32 +1198,24 @@ class World(typing.NamedTuple):
             yield cls()
             return
         if device.type == "cuda":
+            n, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if n > gpus:
+                raise UserError(f"--nproc-per-node {n}: this machine has GPUs for {gpus}; start one process for each")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # When torchrun begins again after a failure, its store still has the addresses of those who died.
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         # What lies on the GPUs goes through NCCL, everything else through gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        yield cls(dist.get_rank(), dist.get_world_size())
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        yield cls(rank, size)
         dist.destroy_process_group()  # not after an error: the others may not be there any more
 
-    def mean(self, values: Tensor) -> None:
-        """Put the mean over all processes in the place of `values`."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in the place of `values`."""
         if self.size > 1:
             dist.all_reduce(values)
-            values /= self.size
-
-    def any(self, *wishes: bool) -> list[bool]:
-        """Whether some process wishes it, for each of the wishes: what one does, all must do."""
-        wanted = torch.tensor(wishes, dtype=torch.uint8)
-        if self.size > 1:
-            dist.all_reduce(wanted, dist.ReduceOp.MAX)
-        return wanted.bool().tolist()
-
-    def in_turn(self, work: Callable[[], typing.Any]):
-        """The result of `work`, done first by one process of each machine, so that the others find its files."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        result = work() if first else None
-        if self.size > 1:
-            dist.barrier()
-        return result if first else work()
+        return values
 
     def told(self, value):
         """What the first process says."""
@@ -1270,6 +1223,15 @@ class World(typing.NamedTuple):
         if self.size > 1:
             dist.broadcast_object_list(values)  # pickled, but among our own processes only
         return values[0]
+
+    def in_turn(self, work: Callable[[], typing.Any]):
+        """The result of `work`, done first by one process of each machine, so that the others find its files."""
+        if self.size == 1:
+            return work()
+        first = os.environ["LOCAL_RANK"] == "0"
+        result = work() if first else None
+        dist.barrier()
+        return result if first else work()
 
 
 @torch.no_grad()
@@ -1297,9 +1259,9 @@ def evaluate(
             logits = model(x)
         sums[0] += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum", ignore_index=0)
         sums[1] += (y != 0).sum()
-    world.mean(sums)
+    world.sum(sums)
     model.train(was_training)
-    return float(sums[0] / sums[1]), round(float(sums[1]) * world.size)
+    return float(sums[0] / sums[1]), int(sums[1])
 
 
 @lru_cache(maxsize=2)
@@ -1455,7 +1417,7 @@ class Trainer:
 
     def average_losses(self) -> None:
         """Make `losses` those of whole batches, where until now they were of this process's share."""
-        self.world.mean(self.losses[self.averaged : self.step])
+        self.world.sum(self.losses[self.averaged : self.step]).div_(self.world.size)
         self.averaged = self.step
 
     def diverged(self, loss: float) -> Diverged:
@@ -1649,7 +1611,8 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > interval)
+                wishes = torch.tensor([bool(caught), time.monotonic() - saved > interval], dtype=torch.int)
+                stop, due = trainer.world.sum(wishes).tolist()  # what one process does, all must do
                 if stop or due:
                     began = time.monotonic()
                     state = trainer.state()
@@ -1672,11 +1635,9 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            B = cfg.batch_size
-            parts = next((n for n in range(2 * cfg.grad_accum, B + 1) if B % n == 0), None)
-            cure = (
-                f"--grad-accum {parts}, which gives the same result" if parts else "a smaller --n-embd or --block-size"
-            )
+            B, cure = cfg.batch_size, "a smaller --n-embd or --block-size"
+            if parts := [n for n in range(2 * cfg.grad_accum, B + 1) if B % n == 0]:
+                cure = f"--grad-accum {parts[0]}, which gives the same result"
             raise UserError(f"--batch-size {B}: out of memory; try {cure}") from None
         finally:
             report.close()
@@ -2041,6 +2002,14 @@ def tokens_view(tokenizer: Tokenizer, text: str, frame: Frame) -> Text:
     return lines.append(f"\n{''.join(map(glyph, notice))}" if notice else "")
 
 
+def admitted(tokenizer: Tokenizer, text: str) -> str:
+    """`text` in characters that the model knows; tells the person what was changed."""
+    text, notice = tokenizer.admit(text)
+    if notice:
+        say(f"({notice})")
+    return text
+
+
 def random_source(seed: int | None) -> torch.Generator:
     """Random numbers for sampling: the same for the same seed, new ones without."""
     generator = torch.Generator()
@@ -2142,16 +2111,9 @@ class Session:
             raise UserError("there is no answer yet; type a prompt first")
         return self.turns[-1]
 
-    def known(self, text: str) -> str:
-        """`text` in characters of the model; tells the person what was changed."""
-        text, notice = self.tokenizer.admit(text)
-        if notice:
-            say(f"({notice})")
-        return text
-
     def answer(self, prompt: str, echo: int | None = None) -> None:
         """Continue `prompt`, of which the last `echo` characters are shown (None: all), until done or Ctrl-C."""
-        if not (text := self.known(prompt)):
+        if not (text := admitted(self.tokenizer, prompt)):
             return
         seed = random_source(None).initial_seed() % 10**9 if self.cfg.seed is None else self.cfg.seed
         written, start = "", time.monotonic()
@@ -2251,7 +2213,8 @@ class Session:
 
         From left to right: percentages of the model, then what each setting that is on leaves of them.
         """
-        look(self.console, probs_view, self.model, self.tokenizer, self.known(text or self.last().prompt), self.cfg)
+        text = admitted(self.tokenizer, text or self.last().prompt)
+        look(self.console, probs_view, self.model, self.tokenizer, text, self.cfg)
 
     def do_why(self) -> None:
         """Show how much each character of the last answer surprised.
@@ -2560,10 +2523,7 @@ def write_folder(folder: Path, files: dict[str, bytes], force: bool = False) -> 
         old = {name: (folder / name).read_bytes() for name in HUB_FILES} if names == set(HUB_FILES) else {}
         body, mark, last = old.get("README.md", b"").rpartition(b"<!-- ")
         if not mark or seal(old | {"README.md": body}) != mark + last:
-            raise UserError(
-                f"{folder}: holds files that export did not write, or that were changed since; choose another folder, "
-                f"or put the files among them with --force"
-            )
+            raise UserError(f"{folder}: holds files that are not as export wrote them; take another folder, or --force")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(exist_ok=True)  # by one that was killed, it is used again
@@ -2644,7 +2604,10 @@ def export(options: argparse.Namespace) -> None:
         )  # fmt: skip
         lines = [f"FROM ./{path.name}", 'TEMPLATE "{{ .Prompt }}"']  # no chat: it continues what it gets
         text = "\n".join([*lines, *(f"PARAMETER {name} {value}" for name, value in sampling.items())]) + "\n"
-        ours = not path.exists() or OWN_MARK.encode() in path.read_bytes()[:1_000]
+        ours = not path.exists()
+        if not ours:
+            with open(path, "rb") as file:
+                ours = OWN_MARK.encode() in file.read(1_000)
         if options.modelfile and recipe.exists():
             ours = ours and recipe.read_bytes() == text.encode()
         if not ours and not options.force:
@@ -2652,10 +2615,8 @@ def export(options: argparse.Namespace) -> None:
         write_gguf(path, model, tokenizer.characters, options.f16)
         say(f"Written to {path}, {path.stat().st_size:,} bytes")
         if story.config.block_size % 256:
-            say(
-                f"NOTE: llama.cpp rounds the context up to a multiple of 256 and fails beyond the "
-                f"{story.config.block_size} characters of this model; keep prompt and answer (-n) together below that"
-            )
+            most = story.config.block_size
+            say(f"NOTE: llama.cpp fails beyond {most} characters of prompt and answer together; choose -n accordingly")
         if options.modelfile:
             recipe.write_bytes(text.encode())
             say(f"Written to {recipe}; ollama create NAME -f {recipe}")
@@ -2853,14 +2814,12 @@ def prepare_training(
             f"--data {corpus.name}: {len(ids):,} characters, but training needs at least {need:,} (10 windows of "
             f"--block-size {config.block_size}); take a longer text or a smaller --block-size"
         )
-    config = replace(config, vocab_size=len(tokenizer))
-    if cfg.batch_size is None:
-        cfg = replace(cfg, batch_size=6 if device.type == "cpu" else 64)
+    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 64))
     if cfg.batch_size < world.size:
         raise UserError(f"--batch-size {cfg.batch_size}: must be at least {world.size}, one window for each process")
-    if config.dropout is None:
-        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
-        config = replace(config, dropout=default_dropout(passes))
+    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(split(ids)[0])
+    dropout = default_dropout(passes) if config.dropout is None else config.dropout
+    config = replace(config, vocab_size=len(tokenizer), dropout=dropout)
     data = dict(name=corpus.name, sha256=corpus.sha256, characters=len(ids))
     try:
         weights = adapt(old, spelling, tokenizer.characters) if old else None
@@ -2893,6 +2852,23 @@ def train(options: argparse.Namespace) -> None:
             learn(options, device, dtype, world)
 
 
+def save_result(out: Path, weights: dict[str, Tensor], story: Story) -> None:
+    """Save what was learnt. Neither Ctrl-C nor a full disk must cost hours of work: it goes elsewhere, if need be.
+
+    raises  UserError that tells where
+    """
+    try:
+        with interruptible():
+            save_file(out, weights, story)
+    except UserError as error:
+        kept = ""
+        with suppress(OSError, UserError):
+            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
+            save_file(other, weights, story)
+            kept = f"; this time the model is in {other}: move it from there"
+        raise UserError(f"{error}{kept}") from None
+
+
 def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, world: World) -> None:
     """The training itself, once the processes have met and the folder is ours."""
     out, checkpoint = options.out, checkpoint_path(options.out)
@@ -2920,10 +2896,10 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
         trainer.model.train()
         return text
 
-    passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
-    first = f" of {cfg.init}" if cfg.init else ""
-    together = f", {world.size} processes" if world.size > 1 else ""
     if not options.quiet:
+        passes = cfg.max_steps * cfg.batch_size * config.block_size / len(trainer.ids)
+        first = f" of {cfg.init}" if cfg.init else ""
+        together = f", {world.size} processes" if world.size > 1 else ""
         say(
             f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
             f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}{together}; "
@@ -2931,33 +2907,25 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
             f"{passes:.0f} passes over the text, dropout {config.dropout}"
         )
     report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
-    diverged = None
+    if options.restart and not world.rank:
+        checkpoint.unlink(missing_ok=True)  # should we die before the first save, the old training must not go on
     try:
         fit(trainer, report, checkpoint, story)
     except Diverged as error:
-        diverged = error
+        if world.rank:
+            return
+        kept, best = "nothing was measured before", out.with_stem(f"{out.stem}-best")
+        if trainer.best:
+            save_result(best, trainer.best, story())
+            kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
+        checkpoint.unlink(missing_ok=True)  # from there it would diverge again
+        raise UserError(f"{error}; {kept}") from None
     if world.rank:
         return
-    if diverged:  # and would again from the checkpoint; what was good before is the person's
-        best = out.with_stem(f"{out.stem}-best")
-        if trainer.best:
-            save_file(best, trainer.best, story())
-        checkpoint.unlink(missing_ok=True)
-        kept = f"the best weights so far, with a loss of {trainer.best_loss:.4f}, are in {best}"
-        raise UserError(f"{diverged}; {kept if trainer.best else 'nothing was measured before'}") from None
     if not options.quiet:
         say(loss_chart(trainer.history))
     say("Training finished...")
-    try:
-        with interruptible():  # Ctrl-C must not cost a finished training
-            save_file(out, trainer.best, story())
-    except UserError as error:  # no room, or the folder is gone: hours of work must not be
-        kept = ""
-        with suppress(OSError, UserError):
-            other = Path(tempfile.mkdtemp(prefix="anexa-")) / out.name
-            save_file(other, trainer.best, story())
-            kept = f"; this time the model is in {other}: move it from there"
-        raise UserError(f"{error}{kept}") from None
+    save_result(out, trainer.best, story())
     checkpoint.unlink(missing_ok=True)
     say(f"Model saved to {out}")
 
@@ -2998,9 +2966,7 @@ def generate(options: argparse.Namespace) -> None:
     cfg = from_options(SampleConfig, options)
     if not 1 <= options.samples <= 10_000:
         raise UserError(f"--samples {options.samples}: must be from 1 to 10,000")
-    prompt, notice = tokenizer.admit(options.prompt)
-    if notice:
-        say(f"({notice})")
+    prompt = admitted(tokenizer, options.prompt)
     pieces = write(model, tokenizer, prompt, cfg, random_source(cfg.seed), options.samples)
     if options.samples == 1:
         print(printable(prompt), end="", flush=True)
@@ -3014,9 +2980,7 @@ def generate(options: argparse.Namespace) -> None:
 def explain(options: argparse.Namespace) -> None:
     """Print views of a text to standard output: here they are the result."""
     (model, tokenizer, _), _ = opened(options)
-    cfg, (text, notice) = from_options(SampleConfig, options), tokenizer.admit(options.text)
-    if notice:
-        say(f"({notice})")
+    cfg, text = from_options(SampleConfig, options), admitted(tokenizer, options.text)
     if not text:
         raise UserError(f"{options.text!r}: has no characters that the model knows; give another text")
     subjects = dict(
@@ -3039,7 +3003,6 @@ def measure(options: argparse.Namespace) -> None:
     else:  # the model may have other ids for the characters than the text has
         spelt, part = tokenizer.encode(corpus.tokenizer.characters), "whole text"
         ids = torch.cat([spelt[piece.int()] for piece in corpus.ids.split(1 << 20)])
-    ids = ids.to(model.wte.weight.device)
     unknown = int((ids == 0).sum())
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anexagpt import open_file
+from anexagpt import UserError, World, open_file
 
 PROGRAM = Path(__file__).resolve().parents[1] / "anexagpt.py"
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, dropout=0, device="cpu", dtype="float32", seed=3)
@@ -116,6 +116,15 @@ def test_stopped_and_continued_by_another_number(text, alone, tmp_path):
     status, err = finish(start(tmp_path, text, 1, *LONG))
     assert status == 0 and f"at step {step:,}" in err, err
     same(alone, tmp_path / "model.safetensors")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Catches a traceback of CUDA where torchrun was asked for a process too many."""
+    for name, value in dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"--nproc-per-node 2: .* 1;"), World.joined(torch.device("cuda")):
+        pass
 
 
 @pytest.mark.parametrize("options, said", [(["--batch-size", "1"], "--batch-size 1: must be at least 2")])

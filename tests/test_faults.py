@@ -454,6 +454,16 @@ def test_two_trainings_in_one_folder(cli, monkeypatch):
     assert names() == {"prose.txt", "model.safetensors", "other.safetensors"}
 
 
+def test_restart_that_dies_early(cli, monkeypatch):
+    """Catches a training begun anew that dies before its first save, and then goes on as the old one."""
+    during(monkeypatch, 9, lambda it: signal.raise_signal(signal.SIGINT))
+    assert cli("train", *OPTIONS).status == 130 and Path("checkpoint.safetensors").exists()
+    during(monkeypatch, 3, lambda it: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("train", *OPTIONS, "--restart")
+    assert not Path("checkpoint.safetensors").exists()
+
+
 def test_a_lock_that_cannot_be_removed(cli, monkeypatch):
     """Catches a finished training that ends with an error on Windows, where nobody removes a file that is open."""
     unlink = Path.unlink
