@@ -1240,7 +1240,8 @@ class World(typing.NamedTuple):
         # What lies on the GPUs goes through NCCL, everything else through gloo.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         yield cls(dist.get_rank(), dist.get_world_size())
-        dist.destroy_process_group()  # not after an error: the others may not be there any more
+        dist.barrier()  # not after an error: the others may not be there any more
+        dist.destroy_process_group()
 
     def mean(self, values: Tensor) -> None:
         """Put the mean over all processes in the place of `values`."""
@@ -1647,7 +1648,8 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                 if stop or due:
                     began = time.monotonic()
                     state = trainer.state()
-                    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                    broken = not all(bool(tensor.isfinite().all()) for tensor in state.values())
+                    if trainer.world.any(broken)[0]:
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
                         if first:
@@ -2886,6 +2888,10 @@ def train(options: argparse.Namespace) -> None:
 def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, world: World) -> None:
     """The training itself, once the processes have met and the folder is ours."""
     out, checkpoint = options.out, checkpoint_path(options.out)
+    if not options.restart and world.any(checkpoint.exists())[0] and not checkpoint.exists():
+        raise UserError(
+            f"{checkpoint}: another process has it; on several machines all need one folder that they share"
+        )
     before = world.told(unfinished(options, checkpoint) if world.rank == 0 else None)
     trainer, tokenizer, data = prepare_training(options, before, device, dtype, world)
     config, cfg = trainer.model.config, trainer.cfg
@@ -3067,7 +3073,8 @@ def main(options: argparse.Namespace) -> int:
         (commands | dict(export=export, push=push))[options.command](options)
         return 0
     except UserError as error:
-        say(f"anexagpt.py: {error}")
+        who = f"process {rank}: " if (rank := os.environ.pop("RANK", "0")) != "0" else ""  # now it may speak
+        say(f"anexagpt.py: {who}{error}")
         return 2
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
