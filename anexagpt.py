@@ -2889,9 +2889,7 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     """The training itself, once the processes have met and the folder is ours."""
     out, checkpoint = options.out, checkpoint_path(options.out)
     if not options.restart and world.any(checkpoint.exists())[0] and not checkpoint.exists():
-        raise UserError(
-            f"{checkpoint}: another process has it; on several machines all need one folder that they share"
-        )
+        raise UserError(f"{checkpoint}: another process has it; several machines need one folder that they share")
     before = world.told(unfinished(options, checkpoint) if world.rank == 0 else None)
     trainer, tokenizer, data = prepare_training(options, before, device, dtype, world)
     config, cfg = trainer.model.config, trainer.cfg
