@@ -1813,6 +1813,12 @@ class Decoder:
         self.logits.copy_(F.linear(torch.layer_norm(x, (C,), *self.ln_f), self.wte))
 
 
+def spare_threads(model: GPT) -> None:
+    """Let one thread write, where one character of one text is less work than to wake the others."""
+    if model.config.n_parameters() < 4_000_000:
+        torch.set_num_threads(1)
+
+
 @torch.inference_mode()
 def stream(
     model: GPT, prompt: Tensor, cfg: SampleConfig, generator: torch.Generator, batch: int = 1
@@ -2370,6 +2376,7 @@ def line_editor(session: Session) -> Callable[[], str]:
 def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> None:
     """Continue one prompt after another, and obey commands, until `quit`, `exit` or the end of the input."""
     session = Session(model, tokenizer, story, cfg)
+    spare_threads(model)
     say("\n--- Interactive Generation ---")
     say("Enter a prompt to continue (or 'quit' to exit)")
     ask = line_editor(session)
@@ -2997,6 +3004,7 @@ def generate(options: argparse.Namespace) -> None:
         say(f"({notice})")
     pieces = write(model, tokenizer, prompt, cfg, random_source(cfg.seed), options.samples)
     if options.samples == 1:
+        spare_threads(model)
         print(printable(prompt), end="", flush=True)
         for (piece,) in pieces:
             print(printable(piece), end="", flush=True)
