@@ -1209,13 +1209,18 @@ class World(typing.NamedTuple):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         yield cls(rank, size)
-        dist.destroy_process_group()  # not after an error: the others may not be there any more
+        dist.barrier()  # not after an error: the others may not be there any more
+        dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in the place of `values`."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Whether some process wishes it, for each of the wishes: what one does, all must do."""
+        return self.sum(torch.tensor(wishes, dtype=torch.int)).bool().tolist()
 
     def told(self, value):
         """What the first process says."""
@@ -1611,12 +1616,12 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     trainer.evaluate()
                     report.evaluation()
                 report.update()
-                wishes = torch.tensor([bool(caught), time.monotonic() - saved > interval], dtype=torch.int)
-                stop, due = trainer.world.sum(wishes).tolist()  # what one process does, all must do
+                stop, due = trainer.world.any(bool(caught), time.monotonic() - saved > interval)
                 if stop or due:
                     began = time.monotonic()
                     state = trainer.state()
-                    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                    broken = not all(bool(tensor.isfinite().all()) for tensor in state.values())
+                    if trainer.world.any(broken)[0]:
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
                         if first:
@@ -1776,6 +1781,12 @@ class Decoder:
             y = F.linear(torch.layer_norm(x, (C,), ln_2, ln_2_bias), c_fc, c_fc_bias)  # (B, 4 * C)
             x = x + F.linear(F.gelu(y, approximate="tanh"), c_proj, c_proj_bias)
         self.logits.copy_(F.linear(torch.layer_norm(x, (C,), *self.ln_f), self.wte))
+
+
+def spare_threads(model: GPT) -> None:
+    """Let one thread write, where one character of one text is less work than to wake the others."""
+    if model.config.n_parameters() < 4_000_000:
+        torch.set_num_threads(1)
 
 
 @torch.inference_mode()
@@ -2337,6 +2348,7 @@ def line_editor(session: Session) -> Callable[[], str]:
 def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> None:
     """Continue one prompt after another, and obey commands, until `quit`, `exit` or the end of the input."""
     session = Session(model, tokenizer, story, cfg)
+    spare_threads(model)
     say("\n--- Interactive Generation ---")
     say("Enter a prompt to continue (or 'quit' to exit)")
     ask = line_editor(session)
@@ -2872,6 +2884,8 @@ def save_result(out: Path, weights: dict[str, Tensor], story: Story) -> None:
 def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, world: World) -> None:
     """The training itself, once the processes have met and the folder is ours."""
     out, checkpoint = options.out, checkpoint_path(options.out)
+    if not options.restart and world.any(checkpoint.exists())[0] and not checkpoint.exists():
+        raise UserError(f"{checkpoint}: another process has it; several machines need one folder that they share")
     before = world.told(unfinished(options, checkpoint) if world.rank == 0 else None)
     trainer, tokenizer, data = prepare_training(options, before, device, dtype, world)
     config, cfg = trainer.model.config, trainer.cfg
@@ -2969,6 +2983,7 @@ def generate(options: argparse.Namespace) -> None:
     prompt = admitted(tokenizer, options.prompt)
     pieces = write(model, tokenizer, prompt, cfg, random_source(cfg.seed), options.samples)
     if options.samples == 1:
+        spare_threads(model)
         print(printable(prompt), end="", flush=True)
         for (piece,) in pieces:
             print(printable(piece), end="", flush=True)
@@ -3040,7 +3055,8 @@ def main(options: argparse.Namespace) -> int:
         (commands | dict(export=export, push=push))[options.command](options)
         return 0
     except UserError as error:
-        say(f"anexagpt.py: {error}")
+        who = f"process {rank}: " if (rank := os.environ.pop("RANK", "0")) != "0" else ""  # now it may speak
+        say(f"anexagpt.py: {who}{error}")
         return 2
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -215,6 +215,15 @@ def test_an_address_of_ones_own(hostile, page):
         assert "not utf-8 text" in str(error)
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "rot13"])
+def test_what_nobody_asked_for(hostile, encoding):
+    """Catches compressed bytes that are kept as the text."""
+    page = hostile.page("/x", says(gzip.compress(BOOK), f"Content-Encoding: {encoding}"))
+    with pytest.raises(DownloadError, match="compressed"):
+        fetch(page, Path("data/x.txt"), lambda path: True)
+    assert files() == {}
+
+
 SLOW = {
     "body": drips(OK + b"Content-Length: 1000000\r\n\r\n", b"x"),
     "body without length": drips(OK + b"\r\n", b"x"),
