@@ -36,7 +36,7 @@ import codecs
 import difflib
 import errno
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -44,9 +44,11 @@ import math
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import typing
@@ -117,6 +119,11 @@ class GPTConfig(Settings):
                 f"--n-embd {self.n_embd} --n-head {self.n_head}: heads share the channels equally, so --n-embd must be "
                 f"a multiple of --n-head; the next one is {math.ceil(self.n_embd / self.n_head) * self.n_head}"
             )
+
+    def size(self) -> str:
+        """Number of weights as a person would say it."""
+        n = self.n_parameters()
+        return f"{n / 1e6:,.1f} M parameters" if n >= 100_000 else f"{n:,} parameters"
 
     def n_parameters(self) -> int:
         """Number of weights: two embeddings, 12 C^2 + 13 C for each block, and the last LayerNorm."""
@@ -201,10 +208,10 @@ MODEL = "model.safetensors"
 
 EXAMPLES = """\
 examples:
-  python anexagpt.py                                     learn Sherlock Holmes, then talk
-  python anexagpt.py train --data shakespeare            another built-in text: sherlock, shakespeare, python-docs
+  python anexagpt.py                       learn Sherlock Holmes, then talk
+  python anexagpt.py train --data shakespeare --out bard.safetensors
   python anexagpt.py train --data diary.txt letters/ --out me.safetensors
-  python anexagpt.py train --data diary.txt --init model.safetensors --out me.safetensors
+  python anexagpt.py train --data diary.txt --init bard.safetensors --out we.safetensors
   python anexagpt.py chat --model me.safetensors --temperature 0.6
   python anexagpt.py generate "It was a" -n 300 > story.txt
   python anexagpt.py explain "It was a" --view probs --top-k 5
@@ -215,14 +222,24 @@ Training can be stopped with Ctrl-C at any time; the same command goes on from t
 'python anexagpt.py COMMAND --help' lists the options of a command."""
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant: the known word that begins so, else one that is spelt nearly so; "" if there is none."""
+    begun = [name for name in known if len(word.strip("-/")) > 1 and name.startswith(word)]
+    return (begun or difflib.get_close_matches(word, known, 1) or [""])[0]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest what was probably meant, and without guessing from abbreviations."""
 
     def __init__(self, **options):
-        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)  # noqa: E731
+        width = min(100, shutil.get_terminal_size().columns - 2)
+        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)  # noqa: E731
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
 
     def error(self, message):
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+            message += f"; did you mean {near}?" if near else ""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def add_settings(self, config: type, title: str, skip=()):
@@ -298,8 +315,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     options, unknown = top.parse_known_args(argv)
     if unknown:
         parser = known.get(options.command, top)
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        parser.error(f"{unknown[0]} is not an option of it" + (f"; did you mean {near[0]}?" if near else ""))
+        near = nearest(unknown[0], list(parser._option_string_actions))
+        if not unknown[0].startswith("-"):
+            parser.error(f"{unknown[0]!r} is a word too many: the command comes first, several words need quotes")
+        parser.error(f"{unknown[0]} is not an option of it" + (f"; did you mean {near}?" if near else ""))
     if getattr(options, "data", None):
         options.data = " + ".join(options.data)  # one name for all, which a model file keeps
     return options
@@ -314,6 +333,10 @@ def from_options(config: type[Settings], options: argparse.Namespace, **others) 
 if __name__ == "__main__":
     # Before PyTorch is imported, which takes a second or two: --help and a typing error answer at once.
     OPTIONS = parse_options(sys.argv[1:])
+
+PACKAGES = ("filelock", "numpy", "packaging", "prompt_toolkit", "requests", "rich", "safetensors", "torch")
+if absent := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
+    sys.exit(f"anexagpt.py: not installed: {', '.join(absent)}; install with: pip install -r requirements.txt")
 
 import filelock
 import numpy as np
@@ -352,6 +375,10 @@ def say(text: str = "") -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
+        if sys.stderr.isatty():  # broken between words, which the terminal would not do
+            width = shutil.get_terminal_size().columns
+            keep = dict(replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
+            text = "\n".join("\n".join(textwrap.wrap(line, width, **keep)) for line in text.split("\n"))
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -1013,9 +1040,8 @@ class Story:
         return {"format": "pt", **versions, **told}
 
     def __str__(self) -> str:
-        size = self.config.n_parameters() / 1e6
         return (
-            f"{size:.1f} M parameters, trained on {self.data['name']} for {self.step:,} steps, "
+            f"{self.config.size()}, trained on {self.data['name']} for {self.step:,} steps, "
             f"validation loss {self.validation_loss or math.nan:.4f} nats/char"
         )
 
@@ -1092,7 +1118,9 @@ def open_file(path: Path, cure: str = "train one, or fetch it again") -> tuple[S
             story = parse_story(file.metadata() or {})
             return story, {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train a model first with 'anexagpt.py train --out {path}'") from None
+        raise UserError(
+            f"{path}: no such file; train it first, or to its end: python anexagpt.py train --out {path}"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UserError, ValueError, RecursionError, safetensors.SafetensorError) as error:
@@ -2064,6 +2092,13 @@ def read_talk(path: Path) -> tuple[list[Turn], ChatConfig]:
         raise UserError(f"{path}: not a conversation that /save wrote; choose another file") from None
 
 
+def as_written(value) -> str:
+    """The value of a setting as a person would write it."""
+    if isinstance(value, tuple):
+        return " ".join(f"'{''.join(map(glyph, text))}'" for text in value) or "none"
+    return "new each time" if value is None else str(value)
+
+
 class Session:
     """A talk with a model. `do_NAME` is the command /NAME: its docstring is the help, its signature the usage."""
 
@@ -2083,6 +2118,8 @@ class Session:
         if not line.startswith("/") or line.startswith("//"):
             return self.answer(line[line.startswith("//") :])
         name, _, rest = line[1:].partition(" ")
+        if name in self.settings:
+            raise UserError(f"/{name}: is a setting; change it with /set {name}")
         self.demand(name, self.commands, "/help lists them, // is a slash", "/")
         names = self.parameters(name)
         arguments = [rest] * bool(rest) if len(names) == 1 else rest.split(maxsplit=max(0, len(names) - 1))
@@ -2100,15 +2137,15 @@ class Session:
     def demand(word: str, known: Iterable[str], cure: str, sign: str = "") -> None:
         """Raise UserError with the nearest of the `known` words if `word` is none of them."""
         if word not in known:
-            near = difflib.get_close_matches(word, known, 1, 0.5)
-            raise UserError(f"{sign}{word}: unknown{f', did you mean {sign}{near[0]}?' if near else ''} {cure}")
+            near = nearest(word, list(known))
+            raise UserError(f"{sign}{word}: unknown{f', did you mean {sign}{near}?' if near else ';'} {cure}")
 
     def parameters(self, command: str) -> list[str]:
         return list(inspect.signature(self.commands[command]).parameters)
 
     def usage(self, command: str) -> str:
         parameters = inspect.signature(self.commands[command]).parameters.items()
-        return f"/{command} " + " ".join(n.upper() if p.default is p.empty else f"[{n}]" for n, p in parameters)
+        return " ".join([f"/{command}", *(n.upper() if p.default is p.empty else f"[{n}]" for n, p in parameters)])
 
     def tell(self, *rows: tuple[str, str]) -> None:
         """Print rows of two columns, wrapped to the width of the terminal."""
@@ -2168,12 +2205,12 @@ class Session:
             what, rule = "whole number" if kind is int else "number", knob.metadata
             raise UserError(f"{name} {value}: must be a {what} from {rule['low']:,} to {rule['high']:,}") from None
         self.cfg = replace(self.cfg, **{knob.name: new})
-        say(f"({name} {'new each time' if new is None else new})")
+        say(f"({name} {as_written(new)})")
 
     def do_show(self) -> None:
         """Tell the settings, the model, and the seed of the last answer."""
-        settings = asdict(self.cfg) | dict(seed="new each time" if self.cfg.seed is None else self.cfg.seed)
-        rows = {name.replace("_", "-"): str(value) for name, value in settings.items()} | dict(model=str(self.story))
+        rows = {name.replace("_", "-"): as_written(value) for name, value in asdict(self.cfg).items()}
+        rows["model"] = str(self.story)
         if self.turns:
             rows["last answer"] = f"/set seed {self.turns[-1].seed}, then /regen repeats it"
         self.tell(*rows.items())
@@ -2370,7 +2407,6 @@ def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> N
 # ---- export ----------------------------------------------------------------------------------------------------------
 # The same model and figures for other programs: Hugging Face transformers and Hub, llama.cpp, TensorBoard.
 
-INSTALL = "pip install huggingface_hub gguf tensorboard"  # what only this section needs, and only when asked
 HUB_FILES = (
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"
 )  # fmt: skip
@@ -2383,7 +2419,8 @@ def optional(module: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"needs the package {module.split('.')[-1]}, which is not installed: {INSTALL}") from None
+        package = module.split(".")[-1]
+        raise UserError(f"this needs {package}, which is not installed: pip install {package}") from None
 
 
 def for_publishing(story: Story) -> Story:
@@ -2766,9 +2803,14 @@ def sole_training(out: Path) -> Iterator[None]:
 def unfinished(options: argparse.Namespace, checkpoint: Path) -> Story | None:
     """Story of the interrupted training to continue, if there is one; a person may choose to begin anew instead.
 
-    raises  UserError if it cannot be continued with these options, and nobody is there to ask
+    raises  UserError if it cannot be continued with these options, and nobody is there to ask; or if there is none, but
+            a file in the place of the model, and nobody has said that it may go
     """
-    if options.restart or not checkpoint.exists():
+    if options.restart:
+        return None
+    if not checkpoint.exists():
+        if options.out.exists():
+            raise UserError(f"{options.out}: exists; replace it with --restart, or train beside it with --out FILE")
         return None
     story, _ = open_file(checkpoint, "begin anew with --restart")
     difference = conflict(options, story)
@@ -2916,9 +2958,9 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
         together = f", {world.size} processes" if world.size > 1 else ""
         say(
             f"{data['name']}: {data['characters']:,} characters, {len(tokenizer) - 1:,} different; "
-            f"{config.n_parameters() / 1e6:.1f} M parameters{first} on {device.type} in {training['dtype']}{together}; "
+            f"{config.size()}{first} on {device.type} in {training['dtype']}{together}; "
             f"{cfg.max_steps:,} steps of {cfg.batch_size} x {config.block_size} characters, "
-            f"{passes:.0f} passes over the text, dropout {config.dropout}"
+            f"{passes:,.1f} passes over the text, dropout {config.dropout}"
         )
     report = Recorder(trainer, sample, options.quiet, options.log, options.tensorboard)
     if options.restart and not world.rank:
@@ -3021,6 +3063,7 @@ def measure(options: argparse.Namespace) -> None:
     unknown = int((ids == 0).sum())
     if len(ids) - unknown < 2:
         raise UserError(f"--data {corpus.name}: has no characters that the model knows; take a longer or another text")
+    say(f"Measuring {len(ids):,} characters ...")
     loss, count = evaluate(model, ids, dtype)
     figures = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char, perplexity {math.exp(min(loss, 700)):.3f}"
     print(f"{printable(corpus.name)}, {part}: {figures}, over {count:,} characters")
