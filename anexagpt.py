@@ -1065,12 +1065,12 @@ def parse_story(metadata: dict[str, str]) -> Story:
     count = len(characters)
     demand(count == config.vocab_size, f"it has {count} characters, but a vocab_size of {config.vocab_size}")
     demand(isinstance(told["training"].get("init"), str | None), "its init is not the name of a file")
-    demand(isinstance(data.get("name"), str), "its data set has no name")
-    demand(isinstance(data.get("sha256"), str), "its data set has no sha256")
+    named = isinstance(data.get("name"), str) and isinstance(data.get("sha256"), str)
+    demand(named, "its data set has no name or no sha256")
     demand(number(data.get("characters")), "its data set has no number of characters")
     data["name"] = printable(data["name"]).replace("\n", " ")
-    demand(0 <= told["step"] < 1e15, "its step is out of range")
-    demand(number(told["validation_loss"] or 0), "its validation_loss is out of range")
+    in_range = 0 <= told["step"] < 1e15 and number(told["validation_loss"] or 0)
+    demand(in_range, "its step or validation_loss is out of range")
     last = 0
     for row in told["history"]:
         fits = isinstance(row, list) and len(row) == 3 and all(map(number, row)) and last < row[0] == int(row[0])
@@ -1233,7 +1233,7 @@ class World(typing.NamedTuple):
         """The result of `work`, done first by one process of each machine, so that the others find its files."""
         if self.size == 1:
             return work()
-        first = os.environ["LOCAL_RANK"] == "0"
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         result = work() if first else None
         dist.barrier()
         return result if first else work()
@@ -2181,8 +2181,9 @@ class Session:
     def do_regen(self) -> None:
         """Answer the last prompt anew."""
         turn = self.last()
-        self.turns.pop()
         self.answer(turn.prompt, turn.echo)
+        if self.last() is not turn:  # another model may know none of its characters
+            del self.turns[-2]
 
     def do_more(self) -> None:
         """Go on with the last answer from where it stopped."""
