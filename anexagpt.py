@@ -1607,7 +1607,6 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     """
     cfg, saved = trainer.cfg, time.monotonic()
     interval = 60.0 if cfg.checkpoint_interval is None else cfg.checkpoint_interval
-    first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
             while trainer.step < cfg.max_steps:
@@ -1624,7 +1623,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     if trainer.world.any(broken)[0]:
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        if first:
+                        if trainer.world.rank == 0:
                             save_file(checkpoint, state, story())
                     except UserError as error:
                         if stop:
@@ -2023,12 +2022,7 @@ def admitted(tokenizer: Tokenizer, text: str) -> str:
 
 def random_source(seed: int | None) -> torch.Generator:
     """Random numbers for sampling: the same for the same seed, new ones without."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
 
 
 @dataclass(frozen=True)
