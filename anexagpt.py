@@ -1091,12 +1091,12 @@ def parse_story(metadata: dict[str, str]) -> Story:
     count = len(characters)
     demand(count == config.vocab_size, f"it has {count} characters, but a vocab_size of {config.vocab_size}")
     demand(isinstance(told["training"].get("init"), str | None), "its init is not the name of a file")
-    demand(isinstance(data.get("name"), str), "its data set has no name")
-    demand(isinstance(data.get("sha256"), str), "its data set has no sha256")
+    named = isinstance(data.get("name"), str) and isinstance(data.get("sha256"), str)
+    demand(named, "its data set has no name or no sha256")
     demand(number(data.get("characters")), "its data set has no number of characters")
     data["name"] = printable(data["name"]).replace("\n", " ")
-    demand(0 <= told["step"] < 1e15, "its step is out of range")
-    demand(number(told["validation_loss"] or 0), "its validation_loss is out of range")
+    in_range = 0 <= told["step"] < 1e15 and number(told["validation_loss"] or 0)
+    demand(in_range, "its step or validation_loss is out of range")
     last = 0
     for row in told["history"]:
         fits = isinstance(row, list) and len(row) == 3 and all(map(number, row)) and last < row[0] == int(row[0])
@@ -1261,7 +1261,7 @@ class World(typing.NamedTuple):
         """The result of `work`, done first by one process of each machine, so that the others find its files."""
         if self.size == 1:
             return work()
-        first = os.environ["LOCAL_RANK"] == "0"
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         result = work() if first else None
         dist.barrier()
         return result if first else work()
@@ -1635,7 +1635,6 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
     """
     cfg, saved = trainer.cfg, time.monotonic()
     interval = 60.0 if cfg.checkpoint_interval is None else cfg.checkpoint_interval
-    first = trainer.world.rank == 0  # the one that writes
     with interruptible() as caught:
         try:
             while trainer.step < cfg.max_steps:
@@ -1652,7 +1651,7 @@ def fit(trainer: Trainer, report: Report, checkpoint: Path, story: Callable[[], 
                     if trainer.world.any(broken)[0]:
                         raise trainer.diverged(math.nan)  # what cannot be continued must not replace what can
                     try:
-                        if first:
+                        if trainer.world.rank == 0:
                             save_file(checkpoint, state, story())
                     except UserError as error:
                         if stop:
@@ -2051,12 +2050,7 @@ def admitted(tokenizer: Tokenizer, text: str) -> str:
 
 def random_source(seed: int | None) -> torch.Generator:
     """Random numbers for sampling: the same for the same seed, new ones without."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
 
 
 @dataclass(frozen=True)
@@ -2218,8 +2212,9 @@ class Session:
     def do_regen(self) -> None:
         """Answer the last prompt anew."""
         turn = self.last()
-        self.turns.pop()
         self.answer(turn.prompt, turn.echo)
+        if self.last() is not turn:  # another model may know none of its characters
+            del self.turns[-2]
 
     def do_more(self) -> None:
         """Go on with the last answer from where it stopped."""

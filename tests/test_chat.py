@@ -68,6 +68,13 @@ def talk(session, capsys, *lines) -> tuple[str, str]:
     return capsys.readouterr()
 
 
+def test_regen_of_what_another_model_does_not_know(session, capsys):
+    """Catches an answer that is lost when it cannot be given anew."""
+    session.turns = [anexagpt.Turn("\u4f60\u597d", "abc", 1)]
+    talk(session, capsys, "/regen")
+    assert [turn.answer for turn in session.turns] == ["abc"]
+
+
 def test_every_answer_is_new_and_can_be_repeated(session, capsys):
     """Fails if a session repeats its random numbers, or if the seed that /show tells is not that of the last answer."""
     first, second, _ = talk(session, capsys, "the", "the", "the")[0].split("the")[1:]
