@@ -95,7 +95,7 @@ def test_chat_with_a_pipe(first_run):
     """Catches `echo Sherlock | python anexagpt.py chat` that fails, or that waits for a terminal."""
     result = start("chat", "--max-new", 20, cwd=first_run[0], stdin="Sherlock\n")
     assert result.status == 0 and result.out.startswith("Sherlock") and len(result.out) == 8 + 20 + 1
-    assert result.err.splitlines()[0].startswith("model.safetensors: 0.0 M parameters, trained on http")
+    assert result.err.splitlines()[0].startswith("model.safetensors: 4,880 parameters, trained on http")
 
 
 def test_eval_and_info_of_the_first_run(first_run, cli, monkeypatch):
@@ -314,7 +314,9 @@ def test_finished_model_is_not_lost(cli, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(anexagpt.Trainer, "update", updating)
-    assert cli("train", "--data", "prose.txt", *QUICK, "--quiet", "--seed", 2).status == 130
+    other = ("train", "--data", "prose.txt", *QUICK, "--quiet", "--seed", 2)
+    assert cli(*other).is_error("model.safetensors: exists", "--restart", "--out FILE")
+    assert cli(*other, "--restart").status == 130
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 

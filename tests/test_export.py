@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anexagpt
-from anexagpt import HUB_FILES, INSTALL, SampleConfig, load_model, parse_options, random_source, write
+from anexagpt import HUB_FILES, SampleConfig, load_model, parse_options, random_source, write
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -616,7 +616,7 @@ def test_missing_package_is_one_line_that_installs_it(package, arguments, traine
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     extra = ["--data", text, *TRAIN] if "train" in arguments else ["--model", trained / "model.safetensors"]
-    assert cli(*arguments, *extra).is_error(package, INSTALL)
+    assert cli(*arguments, *extra).is_error(f"this needs {package}", f"pip install {package}")
 
 
 def test_export_needs_no_package(trained, cli, monkeypatch):
