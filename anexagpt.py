@@ -375,13 +375,18 @@ def say(text: str = "") -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        if sys.stderr.isatty():  # broken between words, which the terminal would not do
-            width = shutil.get_terminal_size().columns
-            keep = dict(replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
-            text = "\n".join("\n".join(textwrap.wrap(line, width, **keep)) for line in text.split("\n"))
-        print(printable(text), file=sys.stderr, flush=True)
+        print(fitted(printable(text), sys.stderr), file=sys.stderr, flush=True)
     except OSError:  # whoever read it has gone, as `head` does: no reason to lose a training
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def fitted(text: str, file: typing.TextIO, indent: int = 0) -> str:
+    """`text` broken between words if `file` is a terminal, which would break it anywhere; later lines are indented."""
+    if not file.isatty():
+        return text
+    how = dict(replace_whitespace=False, break_on_hyphens=False, subsequent_indent=" " * indent)
+    width = shutil.get_terminal_size().columns
+    return "\n".join("\n".join(textwrap.wrap(line, width, **how)) for line in text.split("\n"))
 
 
 def printable(text: str) -> str:
@@ -3069,18 +3074,19 @@ def measure(options: argparse.Namespace) -> None:
 def info(options: argparse.Namespace) -> None:
     """Print what a model file is."""
     path, (story, _) = options.model, open_file(options.model)
-    listing = lambda entries: ", ".join(f"{name} {value}" for name, value in entries.items())  # noqa: E731
+    listing = lambda d: ", ".join(f"{name} {value}" for name, value in d.items() if value is not None)  # noqa: E731
     characters, data = story.characters[1:], story.data
     rows = {
         "model": f"{path}, {path.stat().st_size:,} bytes, {story}",
         "network": f"{story.config.n_parameters():,} parameters: {listing(asdict(story.config))}",
-        "characters": f"{len(characters):,}: {characters[:200].encode('unicode_escape').decode()}",
+        "characters": f"{len(characters):,}: {''.join(map(glyph, characters[:200]))}",
         "data": f"{data['name']}, {data['characters']:,} characters, SHA-256 {data['sha256'][:16]}",
         "training": listing(story.training),
     }
     for name, text in rows.items():
-        print(f"{name:<12}{printable(text)}")
-    print(loss_chart(story.history))
+        print(fitted(f"{name:<12}{printable(text)}", sys.stdout, indent=12))
+    if chart := loss_chart(story.history):
+        print(chart)
 
 
 def main(options: argparse.Namespace) -> int:

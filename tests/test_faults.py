@@ -568,9 +568,7 @@ def test_diverged_training_leaves_its_best_weights(cli, monkeypatch):
     loss, _ = anexagpt.evaluate(model, anexagpt.split(tokenizer.encode(Path("prose.txt").read_text()))[1])
     assert story.validation_loss == pytest.approx(loss, abs=1e-5) and [row[0] for row in story.history] == [8, 16]
     monkeypatch.setattr(Trainer, "update", update)
-    assert (
-        cli("train", *OPTIONS, "--restart", "--quiet", "--learning-rate", 0.002).status == 0
-    )  # no question, no --restart
+    assert cli("train", *OPTIONS, "--restart", "--quiet", "--learning-rate", 0.002).status == 0
 
 
 @pytest.mark.parametrize("how", ["interval", "ctrl-c"])

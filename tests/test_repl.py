@@ -1,10 +1,13 @@
 """Training in a terminal: what a person sees, and what Ctrl-C does. The prompt itself is in test_chat.py."""
 
+import io
 import os
 import sys
 
 import pytest
 from conftest import ROOT, TINY, prose
+
+import anexagpt
 
 
 @pytest.fixture
@@ -73,3 +76,17 @@ def test_training_in_a_terminal(terminal, tmp_path):
     child.sendline("exit")
     assert ended(child) == 0
     assert "Traceback" not in shown + child.before
+
+
+def test_long_lines_break_between_words(monkeypatch):
+    """Catches messages that the edge of the terminal cuts through a word, and ones changed where there is no edge."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "24")
+    text = "one two-three four five: six seven\n\n  2.543 |   o"
+    lines = anexagpt.fitted(text, Terminal(), indent=2).split("\n")
+    assert lines == ["one two-three four five:", "  six seven", "", "  2.543 |   o"]
+    assert anexagpt.fitted(text, io.StringIO()) == text
