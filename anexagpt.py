@@ -233,7 +233,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         width = min(100, shutil.get_terminal_size().columns - 2)
-        layout = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)  # noqa: E731
+
+        def layout(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
 
     def error(self, message):
