@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import network
 
-from anexagpt import UserError, World, open_file
+from anexagpt import UserError, World, evaluate, open_file
 
 PROGRAM = Path(__file__).resolve().parents[1] / "anexagpt.py"
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, dropout=0, device="cpu", dtype="float32", seed=3)
@@ -79,11 +80,24 @@ def alone(text, tmp_path_factory) -> Path:
 
 def test_two_equal_one(text, alone, tmp_path):
     """Catches shares that overlap or are weighed wrongly where they differ (5 windows for 2), gradients that are not
-    averaged, parts of a batch that are averaged too early, an evaluation that counts twice, and two who print."""
+    averaged, parts of a batch that are averaged too early, and two who print."""
     status, err = finish(start(tmp_path, text, 2, *LONG, "--grad-accum", 5))
     assert status == 0 and err.count("Model saved to") == 1 and err.count("step 200/400") == 1, err
     same(alone, tmp_path / "model.safetensors")
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_evaluation_is_shared(monkeypatch, size):
+    """Catches processes that all do the whole evaluation, or leave some of the text to nobody."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: None)  # to see the parts
+    model = network()
+    ids = torch.randint(1, 31, (2_000,), generator=torch.Generator().manual_seed(1))
+    loss, count = evaluate(model, ids)
+    parts = [evaluate(model, ids, world=World(rank, size)) for rank in range(size)]
+    shares = [n for _, n in parts]
+    assert sum(shares) == count == 1_999 and max(shares) < count
+    assert sum(part * n for part, n in parts if n) / count == pytest.approx(loss)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and ps")
