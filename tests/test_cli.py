@@ -408,6 +408,15 @@ def test_generate_samples(cli, tiny):
     assert all(text.startswith("the ") and len(text) == 29 for text in texts[:3])
 
 
+def test_generate_many_samples(cli, tiny):
+    """Catches the last texts missing where there are more than are written side by side, and texts that repeat."""
+    result = cli("generate", "the ", "-k", 65, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
+    texts = result.out.split("\n" + "-" * 40 + "\n")
+    assert result.status == 0 and len(texts) == 66 and len(set(texts)) == 66
+    fewer = cli("generate", "the ", "-k", 64, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
+    assert result.out.startswith(fewer.out)
+
+
 def test_generate_seed_and_notice(cli, tiny):
     """Catches a seed that does not repeat, and a notice that gets into the text."""
     command = ["generate", "the \u201cdog\u201d", "-n", 20, "--seed", 3, "--model", tiny]

@@ -13,6 +13,7 @@ from anexagpt import (
     Decoder,
     GPTConfig,
     SampleConfig,
+    SoloDecoder,
     Tokenizer,
     adjust,
     choose,
@@ -149,34 +150,45 @@ SMALL = GPTConfig(31, 24, 3, 4, 32, 0.0)
 IN_FLOAT64 = network(SMALL, dtype=torch.float64)
 
 
-def decoded(model, ids, T: int) -> torch.Tensor:
+def decoded(decoder, ids, T: int) -> torch.Tensor:
     """Logits of what follows the first T and more of ids (B, 24), the first T read at once, the others one by one."""
-    decoder = Decoder(model, len(ids))
     rows = [decoder.read(ids[:, :T]).clone()] + [decoder.step(column).clone() for column in ids[:, T:].unbind(1)]
     return torch.stack(rows, dim=1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("T", [1, 2, 17, 24])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_decoder_equals_the_model(T, batch):
-    """Catches a position, mask or key that is off by one, and any other difference between the two ways to write it."""
-    ids = torch.randint(31, (batch, 24), generator=torch.Generator().manual_seed(3))
-    assert torch.allclose(decoded(IN_FLOAT64, ids, T), IN_FLOAT64(ids)[:, T - 1 :], atol=1e-10)
+@pytest.mark.parametrize("decoder", [Decoder(IN_FLOAT64, 1), Decoder(IN_FLOAT64, 3), SoloDecoder(IN_FLOAT64)])
+def test_decoder_equals_the_model(T, decoder):
+    """Catches a position, mask or key that is off by one, and any difference between ways to write the network."""
+    ids = torch.randint(31, (len(decoder.ids), 24), generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(decoded(decoder, ids, T), IN_FLOAT64(ids)[:, T - 1 :], atol=1e-10)
 
 
 @torch.no_grad()
-def test_decoder_used_again():
+@pytest.mark.parametrize("decoder", [Decoder(IN_FLOAT64, 2), SoloDecoder(IN_FLOAT64)])
+def test_decoder_used_again(decoder):
     """Catches an old text that shines through a new beginning, and a cache that overflows without a word."""
-    ids = torch.randint(31, (2, 24), generator=torch.Generator().manual_seed(4))
-    decoder = Decoder(IN_FLOAT64, 2)
+    ids = torch.randint(31, (len(decoder.ids), 24), generator=torch.Generator().manual_seed(4))
     decoder.read(ids)
     with pytest.raises(IndexError):
         decoder.step(ids[:, 0])
-    decoder.read(ids[:1, 5:9])  # one text for both
+    decoder.read(ids[:1, 5:9])  # one text for all
     got = decoder.step(ids[:, 9])
     for row, last in zip(got, ids[:, 9], strict=True):
         assert torch.allclose(row, IN_FLOAT64(torch.cat((ids[0, 5:9], last[None]))[None])[0, -1], atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")
+def test_weights_that_overflow():
+    """Catches NumPy's warnings in the middle of a text, which PyTorch spares a person."""
+    model = network(SMALL)
+    for weight in model.parameters():
+        weight.mul_(1e20)
+    decoder, ids = SoloDecoder(model), torch.tensor([[1, 2]])
+    decoder.read(ids[:, :1])
+    assert torch.equal(decoder.step(ids[:, 1]).isfinite(), model(ids)[:, -1].isfinite())
 
 
 @pytest.mark.cuda
@@ -187,7 +199,8 @@ def test_decoder_on_cuda():
     ids = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(3))
     expected = model(ids)
     for row in (1, 5):
-        assert torch.allclose(decoded(model.cuda(), ids.cuda(), row).cpu(), expected[:, row - 1 :], atol=1e-3)
+        got = decoded(Decoder(model.cuda(), 3), ids.cuda(), row).cpu()
+        assert torch.allclose(got, expected[:, row - 1 :], atol=1e-3)
 
 
 # ---- context ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,18 @@ def some_ids(*shape, seed=2, config=SMALL):
     return torch.randint(1, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_gelu():
+    """Catches another GELU than GPT-2's where a text is read, and one that is far from it where a network learns."""
+    mlp, x = network(scale=30.0).h[0].mlp, torch.randn(2, 7, 32) * 3
+    expected = mlp.c_proj(F.gelu(mlp.c_fc(x), approximate="tanh"))
+    assert torch.equal(mlp.eval()(x), expected)
+    # A CPU learns with the exact form: close in value and in slope.
+    weight = float(mlp.c_proj.weight.detach().abs().sum(1).max())
+    assert (mlp.train()(x) - expected).abs().max() < 0.0005 * weight
+    (exact,), (tanh,) = (torch.autograd.grad(y.sum(), mlp.c_fc.bias, retain_graph=True) for y in (mlp(x), expected))
+    assert torch.allclose(exact, tanh, atol=0.001 * 14 * weight)
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Training: the same text, seed and settings give the same bits, whatever interrupts; the figures are right."""
 
 import math
+import platform
 import signal
 from collections import Counter
 from itertools import pairwise
@@ -27,6 +28,7 @@ from anexagpt import (
     checkpoint_path,
     choose_device,
     evaluate,
+    kept_memory,
     loss_chart,
     open_file,
     save_file,
@@ -168,6 +170,37 @@ def test_evaluate_with_a_large_vocabulary():
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_memory_is_kept_for_the_next_update():
+    """Catches memory that goes back to the system after every update and is asked for again, page by page."""
+    resource = pytest.importorskip("resource")
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            [torch.ones(1 << 20) for _ in range(20)]  # 80 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_memory():
+        new_pages()
+        kept = new_pages()
+    assert kept < 1000 < new_pages()
+
+
+@pytest.mark.parametrize("trouble", [TypeError("Windows"), OSError("linked statically"), None])
+def test_memory_without_glibc(monkeypatch, trouble):
+    """Catches a training that does not start where the C library is another one, or cannot be asked."""
+
+    def library(name):
+        if trouble:
+            raise trouble
+        return object()  # macOS, musl: no mallopt
+
+    monkeypatch.setattr(anexagpt.ctypes, "CDLL", library)
+    with kept_memory():
+        pass
 
 
 def test_one_batch_overfits():
