@@ -1728,7 +1728,13 @@ def loss_chart(history: list, width: int = 72, height: int = 12) -> str:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def adjust(logits: Tensor, cfg: SampleConfig, seen: Tensor | None = None) -> Tensor:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (..., V) from logits (..., V)."""
+    likeness = np.exp(logits - logits.max(-1, keepdims=True))
+    return likeness / likeness.sum(-1, keepdims=True)
+
+
+def adjust(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray | None = None) -> np.ndarray:
     """Logits (B, V) after penalty, temperature, top-k, top-p and min-p, in that order; -inf for what is ruled out.
 
     seen    (B, V), True for characters that already occurred; needed for the repetition penalty
@@ -1737,34 +1743,34 @@ def adjust(logits: Tensor, cfg: SampleConfig, seen: Tensor | None = None) -> Ten
             "Turning Up the Heat: Min-p Sampling" (min-p)
     """
     if cfg.repetition_penalty != 1 and seen is not None:
-        penalised = torch.where(logits < 0, logits * cfg.repetition_penalty, logits / cfg.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
+        penalised = np.where(logits < 0, logits * cfg.repetition_penalty, logits / cfg.repetition_penalty)
+        logits = np.where(seen, penalised, logits)
     if cfg.temperature not in (0, 1):
         logits = logits / max(cfg.temperature, 1e-6)  # below that only the likeliest is left anyway, or an overflow
     if 0 < cfg.top_k < logits.shape[-1]:
-        kth = logits.topk(cfg.top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kth = np.partition(logits, -cfg.top_k)[:, -cfg.top_k, None]  # (B, 1)
+        logits = np.where(logits < kth, -np.inf, logits)
     if cfg.top_p < 1:
-        ordered, index = logits.sort(descending=False)  # (B, V)
-        unlikely = ordered.softmax(-1).cumsum(-1) <= 1 - cfg.top_p
+        order = logits.argsort()  # (B, V), the likeliest last
+        unlikely = softmax(np.take_along_axis(logits, order, -1)).cumsum(-1) <= 1 - cfg.top_p
         unlikely[:, -1] = False  # the likeliest stays, whatever top_p
-        logits = logits.masked_fill(unlikely.scatter(1, index, unlikely), -torch.inf)
+        logits = np.where(np.take_along_axis(unlikely, order.argsort(), -1), -np.inf, logits)
     if cfg.min_p > 0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < cfg.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+        probabilities = softmax(logits)
+        logits = np.where(probabilities < cfg.min_p * probabilities.max(-1, keepdims=True), -np.inf, logits)
     return logits
 
 
-def choose(logits: Tensor, cfg: SampleConfig, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
+def choose(
+    logits: np.ndarray, cfg: SampleConfig, generator: torch.Generator, seen: np.ndarray | None = None
+) -> np.ndarray:
     """Ids (B,) drawn from logits (B, V) under the settings; never 0, the unknown character."""
-    logits = logits.float().cpu()  # one random stream, whatever the device
-    logits[:, 0] = -torch.inf
+    logits[:, 0] = -np.inf
     logits = adjust(logits, cfg, seen)
-    if cfg.temperature == 0:
-        return logits.argmax(-1)
-    # The first to ring of alarms that ring at these rates: torch.multinomial's own way, without its checks.
-    rates = logits.softmax(-1)
-    return (rates / torch.empty_like(rates).exponential_(generator=generator)).argmax(-1)
+    if cfg.temperature > 0:
+        # The first to ring of alarms whose rates are exp(logits): torch.multinomial's own way, without its checks.
+        logits = logits - np.log(torch.empty(logits.shape).exponential_(generator=generator).numpy())
+    return logits.argmax(-1)
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -1872,9 +1878,7 @@ class SoloDecoder(Decoder):
             qkv = (c_attn @ normalise(x, ln_1, ln_1_bias) + c_attn_bias).reshape(3, H, D)
             new[:] = qkv[1:]
             scores = qkv[0][:, None] * D**-0.5 @ k  # (H, 1, at + 1)
-            likeness = np.exp(scores - scores.max(-1, keepdims=True))
-            y = likeness @ v / likeness.sum(-1, keepdims=True)  # (H, 1, D)
-            x = x + (c_proj @ y.reshape(-1) + c_proj_bias)
+            x = x + (c_proj @ (softmax(scores) @ v).reshape(-1) + c_proj_bias)
             ln_2, ln_2_bias, c_fc, c_fc_bias, c_proj, c_proj_bias = layer[6:]
             y = c_fc @ normalise(x, ln_2, ln_2_bias) + c_fc_bias  # (4 * C,)
             y *= 0.5 + 0.5 * np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y))  # GELU
@@ -1891,17 +1895,18 @@ def stream(
     Memory does not grow with the length of the text.
     """
     device, T = model.wte.weight.device, model.config.block_size
-    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool)
-    seen[:, prompt.long()] = True
+    seen = np.zeros((batch, model.config.vocab_size), bool)
+    seen[:, prompt.numpy()] = True
     context = prompt[window_start(len(prompt), T) :].long()  # (S,)
     window = list(context.expand(batch, -1).unbind(1))
     decoder = SoloDecoder(model) if batch == 1 and device.type == "cpu" else Decoder(model, batch)
     logits = decoder.read(context[None].to(device))
     while True:
-        ids = choose(logits, cfg, generator, seen)  # (B,)
-        yield ids
+        chosen = choose(logits.cpu().numpy(), cfg, generator, seen)  # (B,), one random stream, whatever the device
         if cfg.repetition_penalty != 1:
-            seen.scatter_(1, ids[:, None], True)
+            seen[np.arange(batch), chosen] = True
+        ids = torch.from_numpy(chosen)
+        yield ids
         window.append(ids)
         if len(window) > T:
             window = window[window_start(T + 1, T) :]
@@ -2012,18 +2017,18 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
     A setting works on what the one at its left has left; "-" is ruled out. All bars have one scale.
     """
     ids = tokenizer.encode(text or "\n")
-    logits = predictions(model, ids, len(ids))  # (1, V)
-    stages, on = {"model": logits[0].softmax(-1)}, SampleConfig(temperature=1.0)  # every setting off
-    logits[:, 0] = -torch.inf  # U+FFFD is never written
-    seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, ids.long(), True)
+    logits = predictions(model, ids, len(ids)).numpy()  # (1, V)
+    stages, on = {"model": softmax(logits[0])}, SampleConfig(temperature=1.0)  # every setting off
+    logits[:, 0] = -np.inf  # U+FFFD is never written
+    seen = np.isin(np.arange(logits.size), ids.numpy())[None]
     for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
         if (value := getattr(cfg, name)) != getattr(on, name):
             on = replace(on, **{name: value})
             left = adjust(logits, on, seen)[0]
             label = name.removeprefix("repetition_").replace("temperature", "temp").replace("_", "-")
-            likeliest = F.one_hot(left.argmax(), len(left)).float()
-            stages[f"{label} {value:g}"] = likeliest if on.temperature == 0 else left.softmax(-1)
-    order = stages["model"].argsort(descending=True).tolist()
+            likeliest = np.arange(left.size) == left.argmax()
+            stages[f"{label} {value:g}"] = likeliest if on.temperature == 0 else softmax(left)
+    order = (-stages["model"]).argsort(kind="stable").tolist()
     n = max(4, min(12, frame.height - 6))
     room = max(2, (frame.width - 8) // len(stages))  # cells for a stage
     highest = max(float(p.max()) for p in stages.values())

@@ -167,12 +167,12 @@ def model(path: Path) -> dict:
     gpt, tokenizer, story = anexa.load_model(path, torch.device("cpu"))
     prompt = "It was a "
     ids = tokenizer.encode(prompt)
-    logits = anexa.predictions(gpt, ids, len(ids))
+    logits = anexa.predictions(gpt, ids, len(ids)).numpy()
     logits[:, 0] = -torch.inf
     chances = {}
     for temperature in (0.25, 0.5, 1.0, 2.0):
         cfg = anexa.SampleConfig(temperature=temperature)
-        chances[f"{temperature:g}"] = [round(p, 4) for p in anexa.adjust(logits, cfg)[0].softmax(-1).tolist()]
+        chances[f"{temperature:g}"] = [round(p, 4) for p in anexa.softmax(anexa.adjust(logits, cfg)[0]).tolist()]
     order = sorted(range(len(tokenizer)), key=lambda i: -chances["1"][i])[:14]
     temperatures = dict(prompt=prompt, next=[tokenizer.characters[i] for i in order])
     temperatures["chances"] = {name: [p[i] for i in order] for name, p in chances.items()}

@@ -128,7 +128,12 @@ def test_predictions_are_those_that_the_text_is_written_with(model, length, monk
     """Fails if a view scores a character in another context than it was written in, above all past block_size."""
     used = []
     choose = anexagpt.choose
-    monkeypatch.setattr(anexagpt, "choose", lambda logits, *rest: used.append(logits.clone()) or choose(logits, *rest))
+
+    def noted(logits, *rest):
+        used.append(torch.tensor(logits))
+        return choose(logits, *rest)
+
+    monkeypatch.setattr(anexagpt, "choose", noted)
     prompt = torch.randint(1, len(CHARACTERS), (length,), generator=torch.Generator().manual_seed(length))
     texts = anexagpt.stream(model, prompt, anexagpt.SampleConfig(), anexagpt.random_source(0))
     ids = torch.cat([prompt, *(next(texts) for _ in range(60))])
