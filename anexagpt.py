@@ -1448,6 +1448,7 @@ class Trainer:
 
     def _update(self) -> None:
         """One optimizer update: shapes that never change, and nothing that waits for the device."""
+        self.model.zero_grad(set_to_none=True)  # first, since a graph that could not be recorded may leave gradients
         rate = self.rates[self.at % self.CHUNK]  # (1,)
         text = self.text[self.at % self.CHUNK][0].long()  # (B, T + 1)
         parts = text.chunk(self.cfg.grad_accum)
@@ -1463,7 +1464,6 @@ class Trainer:
         self.adamw.param_groups[0]["lr"].copy_(self.cfg.learning_rate * rate[0])
         self.adamw.step()
         self.muon.step(rate)
-        self.model.zero_grad(set_to_none=True)
         self.at += 1
 
     def update(self) -> None:

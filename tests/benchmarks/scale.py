@@ -55,10 +55,11 @@ def alone(text: Path, size: str, batch: int, parts: int, steps: int) -> None:
     cfg = anexagpt.TrainConfig(batch_size=batch, grad_accum=parts)
     device, dtype = anexagpt.choose_device(anexagpt.DeviceConfig(device="cpu"))
     trainer, times = anexagpt.Trainer(config, cfg, ids, device, dtype), []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        trainer.update()
-        times.append(time.perf_counter() - start)
+    with anexagpt.kept_memory():
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            trainer.update()
+            times.append(time.perf_counter() - start)
     speed = batch * config.block_size / statistics.median(times[1:])
     print(json.dumps([speed, megabytes(resource.getrusage(resource.RUSAGE_SELF)), torch.get_num_threads()]))
 
