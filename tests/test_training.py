@@ -697,6 +697,18 @@ def test_graph_that_cannot_be_recorded(monkeypatch, capsys):
     assert notes.count("\n") == 1 and "operation not permitted" in notes
 
 
+def test_gradients_left_behind():
+    """Catches an update that adds to what a failed recording left in the gradients."""
+    ends = []
+    for left in (None, 1e3):
+        it = trainer()
+        for weight in it.model.parameters() if left else ():
+            weight.grad = torch.full_like(weight, left)
+        it.update()
+        ends.append(dict(it.model.state_dict()))
+    same(*ends)
+
+
 def test_error_in_evaluate_is_a_user_error():
     """Catches a diverged training that is only noticed by a missing best model."""
     it = trainer()
