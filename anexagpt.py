@@ -525,7 +525,7 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
         if isinstance(error, UnicodeDecodeError):
             offset = at + len(raw) - len(error.object) + error.start
             why = f"byte {error.object[error.start]:#04x} at offset {offset:,} does not fit"
-        cure = "give its encoding with --encoding, often cp1252, latin-1 or utf-16"
+        cure = "save it as UTF-8, or name its encoding with --encoding, often cp1252, latin-1 or utf-16"
         raise UserError(f"{source}: not {encoding} text, {why}; {cure}") from None
 
 
@@ -2028,7 +2028,7 @@ def probs_view(model: GPT, tokenizer: Tokenizer, text: str, cfg: SampleConfig, f
             label = name.removeprefix("repetition_").replace("temperature", "temp").replace("_", "-")
             likeliest = np.arange(left.size) == left.argmax()
             stages[f"{label} {value:g}"] = likeliest if on.temperature == 0 else softmax(left)
-    order = (-stages["model"]).argsort(kind="stable").tolist()
+    order = stages["model"].argsort(kind="stable")[::-1].tolist()  # of equals U+FFFD, id 0, is the last
     n = max(4, min(12, frame.height - 6))
     room = max(2, (frame.width - 8) // len(stages))  # cells for a stage
     highest = max(float(p.max()) for p in stages.values())
