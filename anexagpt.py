@@ -268,7 +268,7 @@ SAVED = dict(**FILE, default=Path(MODEL))
 TEXT = dict(nargs="+", metavar="TEXT")
 ARGUMENTS = (
     ("generate", "prompt", dict(help="text to continue")),
-    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write at once (default: 1)")),
+    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write (default: 1)")),
     ("explain", "text", dict(help="text to look at")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="what to show; may be repeated (default: all)")),
     ("explain", "--layer", dict(type=int, metavar="N", help="layer for attn (default: the last)")),
@@ -525,7 +525,7 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
         if isinstance(error, UnicodeDecodeError):
             offset = at + len(raw) - len(error.object) + error.start
             why = f"byte {error.object[error.start]:#04x} at offset {offset:,} does not fit"
-        cure = "save it as UTF-8, or name its encoding with --encoding, often cp1252, latin-1 or utf-16"
+        cure = "name its own with --encoding, often cp1252, latin-1 or utf-16, or save it as UTF-8 and name none"
         raise UserError(f"{source}: not {encoding} text, {why}; {cure}") from None
 
 
@@ -1341,18 +1341,19 @@ def kept_memory() -> Iterator[None]:
 
     To get it from the system each time, page by page, takes 5 to 20% of an update on a CPU.
     """
-    libc = None
-    with suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+    mallopt = None
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or none that can be asked
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
     try:
         yield
     finally:
-        with suppress(AttributeError):
-            libc.mallopt(-4, 65_536)  # as they were
-            libc.mallopt(-1, 131_072)
-            libc.malloc_trim(0)
+        if mallopt:  # glibc does not go back to adjusting itself, so these are the limits up to which it would
+            mallopt(-4, 1 << 16)
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 64 << 20)
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Diverged(UserError):
@@ -1730,8 +1731,8 @@ def loss_chart(history: list, width: int = 72, height: int = 12) -> str:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities (..., V) from logits (..., V)."""
-    likeness = np.exp(logits - logits.max(-1, keepdims=True))
-    return likeness / likeness.sum(-1, keepdims=True)
+    rates = np.exp(logits - logits.max(-1, keepdims=True))
+    return rates / rates.sum(-1, keepdims=True)
 
 
 def adjust(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray | None = None) -> np.ndarray:
@@ -1751,7 +1752,7 @@ def adjust(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray | None = None
         kth = np.partition(logits, -cfg.top_k)[:, -cfg.top_k, None]  # (B, 1)
         logits = np.where(logits < kth, -np.inf, logits)
     if cfg.top_p < 1:
-        order = logits.argsort()  # (B, V), the likeliest last
+        order = logits.argsort(kind="stable")  # (B, V), the likeliest last
         unlikely = softmax(np.take_along_axis(logits, order, -1)).cumsum(-1) <= 1 - cfg.top_p
         unlikely[:, -1] = False  # the likeliest stays, whatever top_p
         logits = np.where(np.take_along_axis(unlikely, order.argsort(), -1), -np.inf, logits)
@@ -1765,6 +1766,7 @@ def choose(
     logits: np.ndarray, cfg: SampleConfig, generator: torch.Generator, seen: np.ndarray | None = None
 ) -> np.ndarray:
     """Ids (B,) drawn from logits (B, V) under the settings; never 0, the unknown character."""
+    logits = logits.copy()
     logits[:, 0] = -np.inf
     logits = adjust(logits, cfg, seen)
     if cfg.temperature > 0:
@@ -1856,34 +1858,33 @@ def normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray
 
 
 class SoloDecoder(Decoder):
-    """The same for one text on a CPU, in NumPy, which calls and multiplies a matrix by a vector in half the time.
+    """A Decoder for one text on a CPU. Its step is in NumPy, whose calls cost less than PyTorch's.
 
     Weights, cache and logits are the parent's, seen as arrays; nothing is copied.
     """
 
     def __init__(self, model: GPT):
         super().__init__(model, 1)
-        self.weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
-        self.layers = [[weight.detach().numpy() for weight in block.parameters()] for block in model.h]
-        self.kept, self.row = self.cache.numpy(), self.logits[0].numpy()
+        self.wte, self.wpe, *self.ln_f = (w.detach().numpy() for w in (self.wte, self.wpe, *self.ln_f))
+        self.blocks = [[weight.detach().numpy() for weight in block] for block in self.blocks]
+        self.kept, self.row = self.cache.numpy(), self.logits[0].numpy()  # (L, 2, H, S, D), (V,)
 
-    @np.errstate(all="ignore")  # no word about overflows, as in PyTorch
     def step(self, ids: Tensor) -> Tensor:
-        w, at, (_, _, H, _, D) = self.weights, self.length, self.kept.shape
-        x = w["wte.weight"][int(ids)] + w["wpe.weight"][at]  # (C,)
+        at, (_, _, H, _, D) = self.length, self.kept.shape
+        x = self.wte[int(ids)] + self.wpe[at]  # (C,)
         self.length += 1
         here, keys, values = self.kept[..., at, :], self.kept[:, 0, :, : at + 1].mT, self.kept[:, 1, :, : at + 1]
-        for layer, new, k, v in zip(self.layers, here, keys, values, strict=True):
-            ln_1, ln_1_bias, c_attn, c_attn_bias, c_proj, c_proj_bias = layer[:6]
+        for block, new, k, v in zip(self.blocks, here, keys, values, strict=True):
+            ln_1, ln_1_bias, c_attn, c_attn_bias, c_proj, c_proj_bias = block[:6]
             qkv = (c_attn @ normalise(x, ln_1, ln_1_bias) + c_attn_bias).reshape(3, H, D)
             new[:] = qkv[1:]
-            scores = qkv[0][:, None] * D**-0.5 @ k  # (H, 1, at + 1)
+            scores = (qkv[0][:, None] * D**-0.5) @ k  # (H, 1, at + 1)
             x = x + (c_proj @ (softmax(scores) @ v).reshape(-1) + c_proj_bias)
-            ln_2, ln_2_bias, c_fc, c_fc_bias, c_proj, c_proj_bias = layer[6:]
+            ln_2, ln_2_bias, c_fc, c_fc_bias, c_proj, c_proj_bias = block[6:]
             y = c_fc @ normalise(x, ln_2, ln_2_bias) + c_fc_bias  # (4 * C,)
             y *= 0.5 + 0.5 * np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y))  # GELU
             x = x + (c_proj @ y + c_proj_bias)
-        self.row[:] = w["wte.weight"] @ normalise(x, w["ln_f.weight"], w["ln_f.bias"])
+        self.row[:] = self.wte @ normalise(x, *self.ln_f)
         return self.logits
 
 
@@ -1902,7 +1903,7 @@ def stream(
     decoder = SoloDecoder(model) if batch == 1 and device.type == "cpu" else Decoder(model, batch)
     logits = decoder.read(context[None].to(device))
     while True:
-        chosen = choose(logits.cpu().numpy(), cfg, generator, seen)  # (B,), one random stream, whatever the device
+        chosen = choose(logits.float().cpu().numpy(), cfg, generator, seen)  # (B,); one random stream for all devices
         if cfg.repetition_penalty != 1:
             seen[np.arange(batch), chosen] = True
         ids = torch.from_numpy(chosen)
@@ -2963,7 +2964,7 @@ def train(options: argparse.Namespace) -> None:
     if options.tensorboard:
         optional("torch.utils.tensorboard")
     device, dtype = choose_device(from_options(DeviceConfig, options))
-    with World.joined(device) as world, kept_memory():
+    with World.joined(device) as world:
         if world.rank:
             options.quiet, options.log, options.tensorboard = True, None, None
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
@@ -3032,7 +3033,8 @@ def learn(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     if options.restart and not world.rank:
         checkpoint.unlink(missing_ok=True)  # should we die before the first save, the old training must not go on
     try:
-        fit(trainer, report, checkpoint, story)
+        with kept_memory():
+            fit(trainer, report, checkpoint, story)
     except Diverged as error:
         if world.rank:
             return
@@ -3095,7 +3097,7 @@ def generate(options: argparse.Namespace) -> None:
         for (piece,) in write(model, tokenizer, prompt, cfg, source):
             print(printable(piece), end="", flush=True)
         return print()
-    for left in range(options.samples, 0, -64):  # side by side, but no more than fit into a cache of 64 MB or so
+    for left in range(options.samples, 0, -64):  # 64 side by side: keys and values of more would fill the memory
         pieces = write(model, tokenizer, prompt, cfg, source, min(64, left))
         for text in map("".join, zip(*pieces, strict=True)):
             print(printable(prompt + text) + "\n" + "-" * 40, flush=True)

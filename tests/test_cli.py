@@ -410,9 +410,9 @@ def test_generate_samples(cli, tiny):
 
 def test_generate_many_samples(cli, tiny):
     """Catches the last texts missing where there are more than are written side by side, and texts that repeat."""
-    result = cli("generate", "the ", "-k", 65, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
+    result = cli("generate", "the ", "-k", 129, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
     texts = result.out.split("\n" + "-" * 40 + "\n")
-    assert result.status == 0 and len(texts) == 66 and len(set(texts)) == 66
+    assert result.status == 0 and len(texts) == 130 and len(set(texts)) == 130
     fewer = cli("generate", "the ", "-k", 64, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
     assert result.out.startswith(fewer.out)
 

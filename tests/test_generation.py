@@ -40,7 +40,7 @@ def adjusted(logits, cfg, seen=None):
 
 def chosen(logits, cfg, seed=1, seen=None):
     generator = torch.Generator().manual_seed(seed)
-    return torch.from_numpy(choose(logits.numpy().copy(), cfg, generator, None if seen is None else seen.numpy()))
+    return torch.from_numpy(choose(logits.numpy(), cfg, generator, None if seen is None else seen.numpy()))
 
 
 def some_seen(seed=2, rows=6):
@@ -191,18 +191,6 @@ def test_decoder_used_again(decoder):
     got = decoder.step(ids[:, 9])
     for row, last in zip(got, ids[:, 9], strict=True):
         assert torch.allclose(row, IN_FLOAT64(torch.cat((ids[0, 5:9], last[None]))[None])[0, -1], atol=1e-10)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("error")
-def test_weights_that_overflow():
-    """Catches NumPy's warnings in the middle of a text, which PyTorch spares a person."""
-    model = network(SMALL)
-    for weight in model.parameters():
-        weight.mul_(1e20)
-    decoder, ids = SoloDecoder(model), torch.tensor([[1, 2]])
-    decoder.read(ids[:, :1])
-    assert torch.equal(decoder.step(ids[:, 1]).isfinite(), model(ids)[:, -1].isfinite())
 
 
 @pytest.mark.cuda

@@ -180,13 +180,16 @@ def test_memory_is_kept_for_the_next_update():
     def new_pages() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
-            [torch.ones(1 << 20) for _ in range(20)]  # 80 MB
+            tensors = [torch.ones(1 << 20) for _ in range(20)]  # 80 MB
+            del tensors[::2]
+            while tensors:
+                tensors.pop()  # the last of the heap first, which the C library likes to give back
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     with kept_memory():
         new_pages()
         kept = new_pages()
-    assert kept < 1000 < new_pages()
+    assert 100 * kept < new_pages()
 
 
 @pytest.mark.parametrize("trouble", [TypeError("Windows"), OSError("linked statically"), None])

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import statistics
 import sys
 import time
@@ -93,7 +94,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # which NumPy obeys only if it is set from the start
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     model, tokenizer, _ = anexagpt.load_model(options.model, torch.device("cpu"))
     programs = {"Anexa": anexa(model, tokenizer), "transformers": transformers(model, tokenizer)}
     if options.nanogpt:
