@@ -1888,6 +1888,12 @@ class SoloDecoder(Decoder):
         return self.logits
 
 
+def spare_threads(model: GPT) -> None:
+    """Let one thread do it where several are no quicker with so small a network, and wait long on a busy machine."""
+    if model.config.n_parameters() < 4_000_000:
+        torch.set_num_threads(1)
+
+
 def stream(
     model: GPT, prompt: Tensor, cfg: SampleConfig, generator: torch.Generator, batch: int = 1
 ) -> Iterator[Tensor]:
@@ -2453,6 +2459,7 @@ def line_editor(session: Session) -> Callable[[], str]:
 def chat(model: GPT, tokenizer: Tokenizer, story: Story, cfg: SampleConfig) -> None:
     """Continue one prompt after another, and obey commands, until `quit`, `exit` or the end of the input."""
     session = Session(model, tokenizer, story, cfg)
+    spare_threads(model)
     say("\n--- Interactive Generation ---")
     say("Enter a prompt to continue (or 'quit' to exit)")
     ask = line_editor(session)
@@ -3093,6 +3100,7 @@ def generate(options: argparse.Namespace) -> None:
     prompt = admitted(tokenizer, options.prompt)
     source = random_source(cfg.seed)
     if options.samples == 1:
+        spare_threads(model)
         print(printable(prompt), end="", flush=True)
         for (piece,) in write(model, tokenizer, prompt, cfg, source):
             print(printable(piece), end="", flush=True)

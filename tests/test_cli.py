@@ -408,6 +408,17 @@ def test_generate_samples(cli, tiny):
     assert all(text.startswith("the ") and len(text) == 29 for text in texts[:3])
 
 
+@pytest.mark.parametrize("command", [["chat"], ["generate", "the"], ["generate", "the", "-k", "2"]], ids=" ".join)
+def test_threads_of_a_small_network(cli, tiny, command):
+    """Catches a text read by several threads that wait for one another: ten times slower while others use the cores."""
+    torch.set_num_threads(2)
+    try:
+        assert cli(*command, "--model", tiny, "-n", 20, stdin="the \n").status == 0
+        assert torch.get_num_threads() == (2 if "-k" in command else 1)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_generate_many_samples(cli, tiny):
     """Catches the last texts missing where there are more than are written side by side, and texts that repeat."""
     result = cli("generate", "the ", "-k", 129, "-n", 25, "--seed", 1, "--temperature", 1, "--model", tiny)
