@@ -1889,7 +1889,7 @@ class SoloDecoder(Decoder):
 
 
 def spare_threads(model: GPT) -> None:
-    """Let one thread do it where several are no quicker with so small a network, and wait long on a busy machine."""
+    """Let one thread read texts for a small network: several are no quicker, and on a busy machine they wait long."""
     if model.config.n_parameters() < 4_000_000:
         torch.set_num_threads(1)
 

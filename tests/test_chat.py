@@ -318,8 +318,8 @@ def test_views_are_of_the_last_answer(session, capsys):
 def test_help(session, capsys):
     """Fails if a command has no help, or its usage is not its signature."""
     err = talk(session, capsys, "/help")[1]
-    names = "help set show regen more undo clear save load read model probs why attn tokens quit".split()  # noqa: SIM905
-    for name in names:
+    names = "help set show regen more undo clear save load read model probs why attn tokens quit"
+    for name in names.split():
         assert re.search(rf"^/{name}\b", err, re.MULTILINE), name
         text = " ".join(talk(session, capsys, f"/help {name}")[1].split())
         assert " ".join(inspect.getdoc(session.commands[name]).split()) in text
