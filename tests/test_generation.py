@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import network
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anexagpt
 from anexagpt import (
@@ -191,6 +192,30 @@ def test_decoder_used_again(decoder):
     got = decoder.step(ids[:, 9])
     for row, last in zip(got, ids[:, 9], strict=True):
         assert torch.allclose(row, IN_FLOAT64(torch.cat((ids[0, 5:9], last[None]))[None])[0, -1], atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoder_never_waits_for_the_device(batch):
+    """Catches a step that asks the device for a number or mixes devices, and shapes that change from step to step.
+
+    The device "meta", which has shapes but no numbers, takes the way of a GPU.
+    """
+    decoder = Decoder(network(SMALL).to("meta"), batch)
+    decoder.read(torch.zeros(1, 5, dtype=torch.long, device="meta"))
+    shapes = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            shapes[-1].append((str(function), getattr(result, "shape", None)))
+            return result
+
+    for _ in range(3):
+        shapes.append([])
+        with Shapes():
+            decoder.step(torch.zeros(batch, dtype=torch.long))
+    assert len(shapes[0]) > 50 and shapes[0] == shapes[1] == shapes[2]
+    assert decoder.logits.device.type == "meta"
 
 
 @pytest.mark.cuda

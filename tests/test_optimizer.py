@@ -1,5 +1,6 @@
 """Optimizer: the schedule by hand, Muon against PyTorch's own and against exact arithmetic."""
 
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ def test_schedule_outside(step):
         learning_rate(step, TrainConfig(max_steps=10))
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (2, 20, 4), (1, 1, 5)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (7, 8, 16), (1, 1, 5)])
 def test_orthogonalise_exactly(shape):
     """Catches a wrong coefficient or product: the iteration is a polynomial of the singular values, done in float64."""
     X = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -56,27 +57,34 @@ def test_orthogonalise_of_nothing():
     assert torch.equal(orthogonalise(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8))
 
 
-SHAPES = [(16, 16), (48, 16), (16, 64), (64, 16), (16, 16), (64, 16), (16, 48), (1, 16)]
+SHAPES = [(16, 16), (48, 16), (16, 64), (64, 16), (16, 16), (64, 16), (16, 48), (1, 16), (45, 15), (15, 60)]
 
 
 def test_muon_equals_pytorchs_own():
-    """Catches wrong momentum, decay, scale or transposition in the stacked Muon; 20 steps of a changing rate."""
+    """Catches wrong momentum, decay, rate or grouping in the stacked Muon; 20 steps of a changing rate.
+
+    A tall matrix is to move as its groups of rows do, each of half as many as there are columns, or of as many if that
+    is an odd number.
+    """
     generator = torch.Generator().manual_seed(3)
     ours = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in SHAPES]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    groups = [len(p) if len(p) <= p.shape[1] else {16: 8, 15: 15}[p.shape[1]] for p in ours]
+    theirs = [[torch.nn.Parameter(g.clone()) for g in p.detach().split(n)] for p, n in zip(ours, groups, strict=True)]
     first = [p.detach().clone() for p in ours]
     peak, decay = 0.02, 0.5
     muon = Muon(ours, peak, decay, torch.bfloat16, momentum=0.95)
-    other = torch.optim.Muon(theirs, lr=peak, weight_decay=decay, momentum=0.95, nesterov=True, ns_steps=5)
+    other = torch.optim.Muon(chain(*theirs), lr=peak, weight_decay=decay, momentum=0.95, nesterov=True)
     for step in range(20):
         rate = 1 - step / 20
-        for p, q in zip(ours, theirs, strict=True):
+        for p, n, parts in zip(ours, groups, theirs, strict=True):
             p.grad = torch.randn(p.shape, generator=generator) + 0.3
-            q.grad = p.grad.clone()
+            for part, grad in zip(parts, p.grad.split(n), strict=True):
+                part.grad = grad.clone()
         muon.step(torch.tensor([rate]))
         other.param_groups[0]["lr"] = peak * rate
         other.step()
-    for p, q, start in zip(ours, theirs, first, strict=True):
+    for p, parts, start in zip(ours, theirs, first, strict=True):
+        p, q = p.detach(), torch.cat(parts).detach()
         moved = float((q - start).norm())
         assert float((p - q).norm()) < 0.02 * moved, p.shape  # bfloat16's rounding, in another order
 

@@ -4,6 +4,7 @@ import math
 import platform
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -676,6 +677,25 @@ def test_training_on_cuda_continues(tmp_path):
     while second.step < 30:
         second.update()
     assert torch.allclose(whole.losses, second.losses, atol=1e-3)
+
+
+def test_update_never_waits_for_the_device(monkeypatch):
+    """Catches a number that Python asks the device for, and a tensor on the wrong device, without a GPU.
+
+    The device "meta" computes shapes alone: it has no numbers to give, and takes no tensor of another device.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    meta, adamw = torch.device("meta"), torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, **options: adamw(p, **options | dict(lr=0.1, fused=False)))
+    it = trainer(NETWORK, dtype=torch.bfloat16, device=meta, grad_accum=2)
+    it.adamw = SimpleNamespace(param_groups=[dict(lr=torch.zeros((), device=meta))], step=lambda: None)
+    stepped = []
+    it.muon.step, step = lambda rate: stepped.append(rate.device) or step(rate), it.muon.step
+    for _ in range(3):
+        it.update()
+    assert stepped == [meta] * 3 and all(p.grad.device == meta for p in it.model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        float(it.losses[0])
 
 
 def test_graph_that_cannot_be_recorded(monkeypatch, capsys):
