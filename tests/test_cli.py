@@ -468,7 +468,7 @@ def test_eval_of_another_text(cli, tiny, tmp_path):
     assert loss == pytest.approx(anexagpt.evaluate(model, tokenizer.encode(text))[0], abs=1e-4)
     (tmp_path / "other.txt").write_text("\u4e2d\u6587" + text + "\u4e2d", encoding="utf-8", newline="\n")
     result = cli("eval", "--data", "other.txt", "--model", tiny, "--device", "cpu")
-    assert f"over {len(text):,} characters" in result.out and "3 characters" in result.err
+    assert f"over {len(text):,} characters" in result.out and "(3 left out" in result.err
     (tmp_path / "other.txt").write_text("\u4e2d\u6587" * 50, encoding="utf-8")
     assert cli("eval", "--data", "other.txt", "--model", tiny).is_error("other.txt")
 

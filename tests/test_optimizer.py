@@ -148,7 +148,7 @@ def test_gradient_accumulation_equals_the_whole_batch(parts):
     logits = exact(text[:, :-1])
     loss = torch.stack([-logits.log_softmax(-1)[b, t, text[b, t + 1]] for b in range(6) for t in range(8)]).mean()
     loss.backward()
-    assert float(it.losses[0]) == pytest.approx(float(loss), abs=1e-5)
+    assert float(it.losses[0]) == pytest.approx(loss.item(), abs=1e-5)
     for name, p in exact.named_parameters():
         assert torch.allclose(seen[name].double(), p.grad, atol=2e-6, rtol=1e-3), name
 
