@@ -114,7 +114,7 @@ def test_what_a_step_reads():
     losses = []
     for s in starts:
         logp = exact(it.ids[None, s : s + 16].long()).log_softmax(-1)[0]
-        losses += [-float(logp[t, int(it.ids[s + t + 1])]) for t in range(16)]
+        losses += [-logp[t, int(it.ids[s + t + 1])].item() for t in range(16)]
     it.update()
     assert float(it.losses[0]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
