@@ -979,7 +979,7 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 
 def orthogonalise(X: Tensor) -> Tensor:
-    """X (N, rows, columns), rows <= columns, with every singular value moved close to 1: N matrices at once.
+    """X (N, rows, columns) with every singular value moved close to 1: N matrices at once, best with rows <= columns.
 
     source  Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (quintic Newton-Schulz)
     """

@@ -40,7 +40,7 @@ def test_schedule_outside(step):
         learning_rate(step, TrainConfig(max_steps=10))
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (7, 8, 16), (1, 1, 5)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (2, 20, 4), (7, 8, 16), (1, 1, 5)])
 def test_orthogonalise_exactly(shape):
     """Catches a wrong coefficient or product: the iteration is a polynomial of the singular values, done in float64."""
     X = torch.randn(shape, generator=torch.Generator().manual_seed(1))
