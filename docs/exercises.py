@@ -1,218 +1,155 @@
-"""Solutions to the exercises of reading.md: each runs, prints what it finds, and stops with an error if it is not so.
+"""Solutions to the code exercises of reading.md. Each one trains a tiny network, prints what it
+finds, and ends with an AssertionError if that is not what reading.md says.
 
-    python docs/exercises.py             all of them, a minute or two
+    python docs/exercises.py             all of them, less than a minute
     python docs/exercises.py mask cache  some of them
 
-The text is the language reference inside your Python, so figures differ a little from one version to the next.
+The text is the language reference inside your Python: figures differ between its versions.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 import torch
 
-import anexagpt as anexa
+import anexagpt
+from anexagpt import GPT, GPTConfig, Model, SampleConfig, Tokenizer, TrainConfig, Trainer
 
-STEPS = 300
-CORPUS = anexa.load_corpus("python-docs")
-TEXT = CORPUS.tokenizer.decode(CORPUS.ids[:100_000])
-TOKENIZER = anexa.Tokenizer.of(TEXT)
-CONFIG = anexa.GPTConfig(vocab_size=len(TOKENIZER), block_size=32, n_layer=2, n_head=2, n_embd=32)
-
-
-def train(model: anexa.GPT, text: str = TEXT, steps: int = STEPS) -> list[tuple[int, float, float]]:
-    """The loop of new_architecture.md; step, training loss and validation loss, ten times on the way."""
-    cfg = anexa.TrainConfig(max_steps=steps, batch_size=8, seed=1)
-    ids, examined = anexa.split(TOKENIZER.encode(text))
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices) and p.requires_grad]
-    muon = anexa.Muon(matrices, cfg.muon_learning_rate, cfg.weight_decay, torch.float32)
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
-    starts = anexa.window_starts(0, steps, cfg.batch_size, len(ids), CONFIG.block_size, cfg.seed)
-    window, losses, history = torch.arange(CONFIG.block_size + 1), [], []
-    for step in range(steps):
-        batch = ids[starts[step][:, None] + window].long()
-        loss = anexa.loss_of(model(batch[:, :-1]), batch[:, 1:])
-        loss.backward()
-        rate = anexa.learning_rate(step, cfg)
-        adamw.param_groups[0]["lr"] = cfg.learning_rate * rate
-        adamw.step()
-        muon.step(torch.tensor([rate]))
-        model.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % (steps // 10) == 0:
-            recent = losses[-(steps // 10) :]
-            history.append((step + 1, sum(recent) / len(recent), anexa.evaluate(model, examined[:4_000])[0]))
-    return history
+corpus = anexagpt.load_corpus(["python-docs"])
+TEXT = corpus.tokenizer.decode(corpus.ids[:100_000])
+TOKENIZER = Tokenizer(anexagpt.UNKNOWN + "".join(sorted(set(TEXT))))
+V = len(TOKENIZER)
+CONFIG = GPTConfig(vocab_size=V, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
 
 
-def new(kind: type = anexa.GPT) -> anexa.GPT:
-    torch.manual_seed(1)
-    return kind(CONFIG)
+def train(text: str = TEXT, steps: int = 300) -> Trainer:
+    """A trained network; `history` has rows [step, training loss, validation loss]."""
+    settings = dict(batch_size=8, seed=1, eval_interval=steps // 10, checkpoint_interval=1e9)
+    cfg = TrainConfig(max_steps=steps, **settings)
+    trainer = Trainer(CONFIG, cfg, torch.device("cpu"), torch.float32)
+    display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
+    with patch.object(anexagpt, "validation_size", lambda *_: 4_000):
+        anexagpt.training_loop(trainer, TOKENIZER.encode(text), display, None, lambda: False)
+    trainer.model.eval()
+    return trainer
 
 
-@cache
-def honest() -> tuple[anexa.GPT, float, float]:
-    """The network as it is, after training, with both losses."""
-    model = new()
-    _, training, validation = train(model)[-1]
-    return model.eval(), training, validation
+@lru_cache
+def baseline() -> Trainer:
+    """The network without any change."""
+    return train()
 
 
-@contextmanager
-def replaced(owner, name: str, value):
-    """owner.name is `value` for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def alone(text: str) -> float:
-    """Loss in nats per character of one who knows only how often each character occurs: its entropy."""
-    counts = Counter(text)
-    return -sum(n / len(text) * math.log(n / len(text)) for n in counts.values())
+def entropy(text: str) -> float:
+    """Loss in nats per character of a model that knows the frequencies and nothing else."""
+    return -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
 
 
 def heads() -> None:
-    """The number of weights is the same with 1, 2, 4 or 8 heads: they share the channels."""
-    counts = {H: sum(p.numel() for p in anexa.GPT(anexa.GPTConfig(82, n_head=H)).parameters()) for H in (1, 2, 4, 8)}
+    """The number of heads does not change the number of weights: heads share the channels."""
+    counts = {}
+    for H in (1, 2, 4, 8):
+        network = GPT(GPTConfig(vocab_size=82, n_head=H))
+        counts[H] = sum(p.numel() for p in network.parameters())
     print("  ".join(f"{H} heads: {count:,}" for H, count in counts.items()))
     assert len(set(counts.values())) == 1
 
 
 def mask() -> None:
-    """Without the mask the next character can be looked up: a tiny training loss, and a model that cannot write."""
+    """Without the causal mask the target is visible: a tiny loss, and a model that cannot write."""
 
-    def sees_all(q, k, v):
+    def without_mask(q, k, v):
         return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
 
-    model, (_, fair, _) = new(), honest()
-    with replaced(anexa, "attention", sees_all):
-        _, cheating, examined = train(model)[-1]
-    exposed = anexa.evaluate(model, anexa.split(TOKENIZER.encode(TEXT))[1][:4_000])[0]
-    print(
-        f"training loss {fair:.2f} with the mask, {cheating:.2f} without, and validation is fooled, too: {examined:.2f}"
-    )
-    print(f"the cheat, examined with the mask: {exposed:.2f}; knowing nothing: {math.log(len(TOKENIZER)):.2f}")
-    assert cheating < 0.5 * fair and exposed > honest()[2] + 1
-
-
-class Untied(anexa.GPT):
-    """A GPT whose output layer is a table of its own."""
-
-    def __init__(self, config: anexa.GPTConfig):
-        super().__init__(config)
-        self.head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        torch.nn.init.normal_(self.head.weight, std=0.02)
-
-    def forward(self, ids, kept=None):
-        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
-        for block in self.h:
-            x = block(x, kept)
-        return self.head(self.ln_f(x))
-
-
-def untie() -> None:
-    """V C more weights, and hardly another loss."""
-    model = new(Untied)
-    more = sum(p.numel() for p in model.parameters()) - CONFIG.n_parameters()
-    _, _, loss = train(model)[-1]
-    print(f"{more:,} more weights; validation loss {honest()[2]:.3f} tied, {loss:.3f} untied")
-    assert more == CONFIG.vocab_size * CONFIG.n_embd and abs(loss - honest()[2]) < 0.3
+    with patch.object(anexagpt, "attention", without_mask):
+        leaky = train()
+    (_, fair_loss, fair_val), (_, loss, val) = baseline().history[-1], leaky.history[-1]
+    masked, _ = anexagpt.evaluate(leaky.model, TOKENIZER.encode(TEXT[-4_000:]))
+    print(f"with the mask:    training loss {fair_loss:.2f}, validation loss {fair_val:.2f}")
+    print(f"without:          training loss {loss:.2f}, validation loss {val:.2f}")
+    print(f"mask added later: validation loss {masked:.2f}; uniform guess {math.log(V):.2f}")
+    assert loss < 0.5 * fair_loss and val < 0.5 * fair_val and masked > fair_val + 1
 
 
 def temperature() -> None:
-    """At temperature 0 the text goes round in circles."""
+    """At temperature 0 the text repeats itself."""
+    model = Model(baseline().model, TOKENIZER, None)
     for value in (0.0, 1.0):
-        cfg = anexa.SampleConfig(temperature=value, max_new=600)
-        pieces = anexa.write(honest()[0], TOKENIZER, "The ", cfg, anexa.random_source(1))
-        text = "".join(piece for (piece,) in pieces)
-        parts = [text[i : i + 12] for i in range(300, len(text) - 12)]
-        print(f"temperature {value}: {len(set(parts)) / len(parts):4.0%} of its pieces of 12 are new: {text[-60:]!r}")
-        assert (len(set(parts)) / len(parts) < 0.5) == (value == 0)
+        text = model.generate("The ", temperature=value, max_new=600, seed=1)
+        pieces = [text[i : i + 12] for i in range(300, len(text) - 12)]
+        share = len(set(pieces)) / len(pieces)
+        print(f"temperature {value}: {share:4.0%} of its 12-grams are new: {text[-50:]!r}")
+        assert (share < 0.5) == (value == 0)
 
 
 def shuffle() -> None:
-    """Of shuffled characters nothing can be learnt but how often each occurs: the loss stops at their entropy."""
-    characters = list(TEXT)
-    random.Random(1).shuffle(characters)
-    _, _, loss = train(new(), "".join(characters))[-1]
-    print(
-        f"validation loss {honest()[2]:.2f} in order, {loss:.2f} shuffled; entropy of the characters {alone(TEXT):.2f}"
+    """In shuffled text only the frequencies can be learned: the loss ends at their entropy."""
+    loss, limit = (
+        train("".join(random.Random(1).sample(TEXT, len(TEXT)))).history[-1][2],
+        entropy(TEXT),
     )
-    assert abs(loss - alone(TEXT)) < 0.1
+    ordered = baseline().history[-1][2]
+    print(f"validation loss {ordered:.2f} in order, {loss:.2f} shuffled; entropy {limit:.2f}")
+    assert abs(loss - limit) < 0.1
 
 
 def residual() -> None:
-    """Without `x +` the zeros of c_proj let nothing through, forwards or backwards: only frequencies are learnt."""
+    """Without the residual stream the zeros of c_proj stop activations and gradients alike."""
 
-    def forward(self, x, kept):
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x), kept)))
+    def forward(self, x, cache):
+        return self.mlp(self.ln_2(self.attn(self.ln_1(x), cache)))
 
-    with replaced(anexa.Block, "forward", forward):
-        _, _, loss = train(new())[-1]
-    print(f"validation loss {honest()[2]:.2f} with the residual stream, {loss:.2f} without; entropy {alone(TEXT):.2f}")
-    assert loss > alone(TEXT) - 0.1
+    with patch.object(anexagpt.Block, "forward", forward):
+        loss = train().history[-1][2]
+    kept, limit = baseline().history[-1][2], entropy(TEXT)
+    print(f"validation loss {kept:.2f} with it, {loss:.2f} without; entropy {limit:.2f}")
+    assert loss > limit - 0.1
 
 
 def overfit() -> None:
-    """A short text is learnt by heart: the validation loss turns while the training loss goes on falling."""
-    history = train(new(), TEXT[:2_000], 450)
+    """A short text is memorised: validation loss rises while training loss goes on falling."""
+    history = train(TEXT[:2_000], 450).history
     for step, training, validation in history:
-        print(f"step {step:4}: training {training:.2f}, validation {validation:.2f}")
-    assert history[-1][1] < history[0][1] and history[-1][2] > min(v for _, _, v in history) + 0.02
+        print(f"step {step:3}: training loss {training:.2f}, validation loss {validation:.2f}")
+    lowest = min(validation for _, _, validation in history)
+    assert history[-1][1] < history[0][1] and history[-1][2] > lowest + 0.02
 
 
-def cache_() -> None:
-    """The cache changes the time, not the text."""
-    model, ids = honest()[0], TOKENIZER.encode("The ").long()
-    cfg = anexa.SampleConfig(temperature=0.0)
-    start = time.perf_counter()
-    characters = anexa.stream(model, ids, cfg, anexa.random_source(1))
-    quick = [int(next(characters)) for _ in range(200)]
-    middle = time.perf_counter()
-    text, slow = ids.tolist(), []
-    with torch.no_grad():
-        for _ in range(200):
-            context = text[anexa.window_start(len(text), CONFIG.block_size) :]
-            logits = model(torch.tensor([context]))[0, -1]
-            slow.append(int(logits[1:].argmax()) + 1)
-            text.append(slow[-1])
-    end = time.perf_counter()
-    same = sum(a == b for a, b in zip(quick, slow, strict=True))
-    print(f"{200 / (middle - start):,.0f} char/s with the cache, {200 / (end - middle):,.0f} without; alike: {same}")
-    assert same == 200
+def cache() -> None:
+    """The KV cache changes the time, not the text."""
+    network, ids, T = baseline().model, TOKENIZER.encode("The "), CONFIG.block_size
+    started = time.perf_counter()
+    tokens = anexagpt.generate_ids(network, ids, SampleConfig(temperature=0.0), [None])
+    cached = [int(next(tokens)[0]) for _ in range(200)]
+    middle, text = time.perf_counter(), list(ids)
+    for _ in range(200):
+        context = np.array(text[anexagpt.context_start(len(text), T) :], dtype="i8")
+        with torch.no_grad():
+            logits = network(torch.from_numpy(context[None]))[0, -1]  # (V,)
+        text.append(1 + int(logits[1:].argmax()))
+    rates = 200 / (middle - started), 200 / (time.perf_counter() - middle)
+    print("{:,.0f} char/s with the cache, {:,.0f} without; ".format(*rates), end="")
+    print("the same text" if cached == text[len(ids) :] else "ANOTHER text")
+    assert cached == text[len(ids) :]
 
 
-EXERCISES = dict(
-    heads=heads, mask=mask, untie=untie, temperature=temperature, shuffle=shuffle, residual=residual, overfit=overfit,
-    cache=cache_,
-)  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXERCISES))
-    names = parser.parse_args().names
-    if unknown := set(names) - set(EXERCISES):
-        parser.error(f"{unknown.pop()}: no such exercise; choose from {', '.join(EXERCISES)}")
-    for name in names or EXERCISES:
-        print(f"--- {name}: {EXERCISES[name].__doc__}")
-        EXERCISES[name]()
+EXERCISES = {f.__name__: f for f in (heads, mask, temperature, shuffle, residual, overfit, cache)}
 
 
 if __name__ == "__main__":
-    main()
+    if unknown := set(sys.argv[1:]) - set(EXERCISES):
+        sys.exit(f"{unknown.pop()}: no such exercise; choose from {', '.join(EXERCISES)}")
+    for name in sys.argv[1:] or EXERCISES:
+        print(f"--- {name}: {EXERCISES[name].__doc__}")
+        EXERCISES[name]()

@@ -1,7 +1,8 @@
-"""What several test files share. Models are tiny, servers are on the loopback, and no test needs the internet."""
+"""Shared fixtures: tiny models, servers on the loopback, and no test that needs the internet."""
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,87 +20,72 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import anexagpt  # noqa: E402
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
-os.environ["no_proxy"] = "*"  # the loopback needs no proxy
-hypothesis.settings.register_profile("anexa", deadline=None, derandomize=True, database=None, max_examples=60)
+os.environ |= dict(OMP_NUM_THREADS="1", no_proxy="*")  # for the programs that tests start
+hypothesis.settings.register_profile("anexa", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("anexa")
 
 WORDS = "the a cat dog saw ran home big red and of Holmes said Watson door night was it very"
-TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4"]
-TINY += ["--device", "cpu", "--dtype", "float32"]
+TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
+TINY += ["--batch-size", "4", "--device", "cpu", "--dtype", "float32"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as for a shell's background jobs
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "cuda" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def prose(words: int = 2_000, seed: int = 1) -> str:
     """English-looking text, the same for the same seed, so that tests need no file."""
     draw, some = random.Random(seed), WORDS.split()
-    return " ".join(draw.choice(some) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(words)) + "\n"
-
-
-# ---- no network ------------------------------------------------------------------------------------------------------
+    return " ".join(draw.choice(some) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(words))
 
 
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch):
-    """No test reaches beyond this machine; where it is tried, the test fails, whatever the program makes of it."""
+    """No test reaches beyond this machine; one that tries fails, whatever the program does."""
     tried, connect = [], socket.socket.connect
 
     def connecting(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            tried.append(address)
-            raise OSError(errno.ENETUNREACH, "tests have no network")
-        return connect(self, address)
+        if self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"):
+            return connect(self, address)
+        tried.append(address)
+        raise OSError(errno.ENETUNREACH, "tests have no network")
 
     monkeypatch.setattr(socket.socket, "connect", connecting)
     yield
     assert not tried, f"the network was asked for: {tried}"
 
 
-# ---- real texts ------------------------------------------------------------------------------------------------------
+def shared_text(name: str):
+    """Fixture with a real text as it was served, byte order mark and all."""
+
+    @pytest.fixture(scope="session")
+    def content() -> bytes:
+        path = ROOT.parent / "shared" / "data" / name
+        return path.read_bytes() if path.exists() else pytest.skip(f"{name} is not at hand")
+
+    return content
 
 
-def shared_text(name: str) -> Path:
-    path = ROOT.parent / "shared" / "data" / name
-    if not path.exists():
-        pytest.skip(f"{name} is not in {os.path.join('..', 'shared', 'data')} beside the project")
-    return path
-
-
-@pytest.fixture(scope="session")
-def sherlock() -> bytes:
-    """The book as Project Gutenberg serves it: byte order mark, licence header and footer included."""
-    return shared_text("sherlock.txt").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def shakespeare() -> bytes:
-    return shared_text("tinyshakespeare.txt").read_bytes()
-
-
-# ---- a server --------------------------------------------------------------------------------------------------------
+sherlock, shakespeare = shared_text("sherlock.txt"), shared_text("tinyshakespeare.txt")
 
 
 @dataclass
 class Answer:
-    """What the server sends: `length` is the Content-Length it claims, `drip` the seconds between single bytes."""
+    """A response: `length` is the Content-Length it claims, `drip` the seconds between bytes."""
 
     body: bytes = b""
     status: int = 200
@@ -109,13 +96,10 @@ class Answer:
 
 
 class Server:
-    """HTTP server on the loopback. Each page has its answers in order; the last one is given again and again."""
+    """HTTP server on the loopback. Each page has its answers in order; the last one repeats."""
 
     def __init__(self):
-        self.pages: dict[str, list[Answer]] = {}
-        self.asked: list[str] = []
-        self.closing = threading.Event()
-        server = self
+        self.pages, self.asked, self.closing, server = {}, [], threading.Event(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
@@ -123,34 +107,28 @@ class Server:
                 answers = server.pages.get(self.path, [Answer(b"no such page", 404)])
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
                 if answer.silent:
-                    server.closing.wait(5)
-                    return
+                    return server.closing.wait(5)
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.type)
-                self.send_header("Content-Length", str(len(answer.body) if answer.length is None else answer.length))
-                self.send_header("Connection", "close")
+                self.send_header("Content-Length", str(answer.length or len(answer.body)))
                 self.end_headers()
-                try:
-                    if not answer.drip:
-                        self.wfile.write(answer.body)
-                    for i in range(len(answer.body) if answer.drip else 0):
-                        self.wfile.write(answer.body[i : i + 1])
-                        self.wfile.flush()
+                with suppress(OSError):  # the client has gone
+                    n = 1 if answer.drip else len(answer.body)
+                    for i in range(0, len(answer.body), n or 1):
+                        self.wfile.write(answer.body[i : i + n])
                         if server.closing.wait(answer.drip):
                             break
-                except OSError:
-                    pass  # the client has heard enough
 
-            def log_message(self, *args):
+            def log_message(*_):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def page(self, path: str, *answers: Answer) -> str:
-        """Give these answers under `path`; returns the address."""
+        """The address under which these answers are given."""
         self.pages[path] = list(answers)
         return self.address + path
 
@@ -162,20 +140,15 @@ class Server:
 
 @pytest.fixture
 def server():
-    it = Server()
-    yield it
+    yield (it := Server())
     it.close()
 
 
 @pytest.fixture(scope="session")
 def dead() -> str:
     """An address where nobody listens."""
-    it = Server()
-    it.close()
-    return it.address
-
-
-# ---- the program -----------------------------------------------------------------------------------------------------
+    with socket.create_server(("127.0.0.1", 0)) as it:
+        return f"http://127.0.0.1:{it.getsockname()[1]}"
 
 
 @dataclass
@@ -185,47 +158,39 @@ class Result:
     err: str
 
     def is_error(self, *words: str) -> bool:
-        """Exit status 2, one line on standard error that has these words, nothing on standard output."""
-        assert self.status == 2, self
-        assert self.err.count("\n") == 1 and self.err.endswith("\n") and "Traceback" not in self.err, self.err
-        assert self.err.startswith("anexagpt.py"), self.err
-        assert len(self.err) < 600, self.err
-        assert self.out == "", self.out
-        for word in words:
-            assert word in self.err, (word, self.err)
+        """Exit status 2, one line on stderr that has these words, nothing on stdout."""
+        assert self.status == 2 and self.out == "", self
+        assert self.err.count("\n") == 1 and self.err.endswith("\n"), self.err
+        assert self.err.startswith("anexagpt.py") and "Traceback" not in self.err, self.err
+        assert len(self.err) < 600 and all(word in self.err for word in words), (words, self.err)
         return True
 
 
-def start(*arguments, cwd, stdin: str = "", env: dict | None = None, program: Path = ROOT / "anexagpt.py") -> Result:
-    """Run the program as a person does, in a process of its own, and wait for its end."""
+def start(*arguments, cwd, stdin="", env=None, program: Path = ROOT / "anexagpt.py") -> Result:
+    """Run the program in a process of its own, and wait for its end."""
     command = [sys.executable, str(program), *map(str, arguments)]
-    environment = os.environ | dict(PYTHONIOENCODING="utf-8") | (env or {})
-    done = subprocess.run(command, cwd=cwd, input=stdin.encode(), env=environment, capture_output=True, timeout=180)
-    text = [stream.decode("utf-8", "backslashreplace").replace("\r\n", "\n") for stream in (done.stdout, done.stderr)]
+    options = dict(cwd=cwd, env=os.environ | (env or {}), capture_output=True, timeout=180)
+    done = subprocess.run(command, input=stdin.encode(), **options)
+    text = (s.decode("utf-8", "backslashreplace") for s in (done.stdout, done.stderr))
     return Result(done.returncode, *text)
 
 
 @pytest.fixture
 def program(tmp_path):
     """`start` in an empty folder."""
-
-    def run(*arguments, **options):
-        return start(*arguments, **(dict(cwd=tmp_path) | options))
-
-    return run
+    return lambda *arguments, **options: start(*arguments, **(dict(cwd=tmp_path) | options))
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """The command line in this process, in an empty folder: what `program` does, without PyTorch's start-up time."""
+    """`program` in this process: the same command line, without PyTorch's start-up time."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, stdin: str = "") -> Result:
-        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
-        monkeypatch.setattr(sys, "stdin", stream)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
         capsys.readouterr()
         try:
-            status = anexagpt.main(anexagpt.parse_options([str(a) for a in arguments]))
+            status = anexagpt.main([str(argument) for argument in arguments])
         except SystemExit as leave:
             status = leave.code or 0
         return Result(status, *capsys.readouterr())
@@ -233,24 +198,38 @@ def cli(tmp_path, monkeypatch, capsys):
     return run
 
 
-# ---- a model ---------------------------------------------------------------------------------------------------------
+@contextmanager
+def interrupt_at(n: int, number: int = signal.SIGINT):
+    """Within it a signal, as of Ctrl-C, follows the n-th optimizer step of this process."""
+    steps = itertools.count(1)
+
+    def count(*_):
+        if next(steps) == n:
+            signal.raise_signal(number)
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A model file, trained just long enough to write words; its text lies beside it as prose.txt."""
+    """A model file, trained just long enough to write words; prose.txt lies beside it."""
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "prose.txt").write_text(prose(), encoding="utf-8", newline="\n")
+    (folder / "prose.txt").write_text(prose() + "\n", encoding="utf-8", newline="\n")
     out = folder / "model.safetensors"
-    options = ["train", "--data", folder / "prose.txt", "--out", out, "--quiet", *TINY, "--max-steps", 150]
-    anexagpt.train(anexagpt.parse_options([str(option) for option in [*options, "--eval-interval", 50]]))
+    options = ["--data", folder / "prose.txt", "--out", out, "--max-steps", 150, "--quiet", *TINY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        assert anexagpt.main(["train", *map(str, options), "--eval-interval", "50"]) == 0
     return out
 
 
 def header(path: Path) -> dict:
     """The JSON in front of a safetensors file, read without the safetensors package."""
-    content = path.read_bytes()
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
 
 
 def wait_for(condition, seconds: float = 60.0):

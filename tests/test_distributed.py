@@ -1,148 +1,162 @@
-"""Distributed training: several processes under torchrun against one alone, and what becomes of them in trouble."""
+"""Distributed training: several ranks against one process, and what becomes of them in trouble.
+
+Ranks are forks of this process, joined over gloo; real torchrun where its restarts matter.
+"""
 
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from test_model import network
+from conftest import ROOT, TINY, Result, prose, wait_for
+from test_faults import CHECKPOINT, MODEL, Fork, at_step, names, weights
 
-from anexagpt import UserError, World, evaluate, open_file
+import anexagpt
 
-PROGRAM = Path(__file__).resolve().parents[1] / "anexagpt.py"
-SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, dropout=0, device="cpu", dtype="float32", seed=3)
-TINY = [part for name, value in SHAPE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "rat", "had", "hat")
-    picks = torch.randint(len(words), (2_000,), generator=torch.Generator().manual_seed(1)).tolist()
-    path.write_text(" ".join(words[i] for i in picks))
-    return path
+LONG = ["train", "prose.txt", *TINY, "--batch-size", 5, "--dropout", 0, "--max-steps", 100]
+LONG += ["--eval-interval", 50]
 
 
-def start(folder: Path, text: Path, ranks: int, *options, launch=()) -> subprocess.Popen:
-    """A training in `folder`, by one process or by several under torchrun, in a process group of its own."""
-    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launch]
-    command = [sys.executable, *(together if ranks > 1 else []), str(PROGRAM), "train", "--data", str(text), *TINY]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    return subprocess.Popen(
-        [*command, *map(str, options)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prose.txt").write_text(prose(700))
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
+def ranks(*arguments, differing=((), ()), seconds: float = 60) -> list[Result]:
+    """Results of ranks that get these arguments, and each its own of `differing`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    size = len(differing)
+    same = dict(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_PORT=str(port))
+    same |= dict(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    forks = [
+        Fork(*arguments, *own, RANK=str(i), LOCAL_RANK=str(i), **same)
+        for i, own in enumerate(differing)
+    ]
+    return [fork.result(seconds) for fork in forks]
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(1_200):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path.name} did not appear")
-
-
-def workers(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def same(one: Path, other: Path) -> None:
-    """The losses of the first 100 steps; later on, rounding that differs has grown to more than rounding."""
-    a, b = (open_file(path)[0].history for path in (one, other))
-    assert len(a) == len(b) == 8 and a[1][0] == 100
-    for row, expected in zip(b[:2], a[:2], strict=True):
-        assert row == pytest.approx(expected, abs=1e-5)
-
-
-LONG = ["--batch-size", "5", "--max-steps", "400", "--eval-interval", "50"]
+def history(path: Path = MODEL) -> list:
+    return anexagpt.load(path).metadata.history
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory) -> Path:
-    """The model of one process."""
+def alone(tmp_path_factory) -> list:
+    """Losses of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    status, err = finish(start(folder, text, 1, *LONG))
-    assert status == 0, err
-    return folder / "model.safetensors"
+    (folder / "prose.txt").write_text(prose(700))
+    out = folder / "model.safetensors"
+    assert Fork("train", folder / "prose.txt", *LONG[2:], "--out", out).result().status == 0
+    return history(out)
 
 
-def test_two_equal_one(text, alone, tmp_path):
-    """Catches shares that overlap or are weighed wrongly where they differ (5 windows for 2), gradients that are not
-    averaged, parts of a batch that are averaged too early, and two who print."""
-    status, err = finish(start(tmp_path, text, 2, *LONG, "--grad-accum", 5))
-    assert status == 0 and err.count("Model saved to") == 1 and err.count("step 200/400") == 1, err
-    same(alone, tmp_path / "model.safetensors")
-    assert os.listdir(tmp_path) == ["model.safetensors"]
+def same(rows: list, expected: list) -> None:
+    """Equal losses of 100 steps; in more, differences of rounding would grow."""
+    assert [row[0] for row in rows] == [row[0] for row in expected] == [*(50, 100)]
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, abs=2e-5)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_evaluation_is_shared(monkeypatch, size):
-    """Catches processes that all do the whole evaluation, or leave some of the text to nobody."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: None)  # to see the parts
-    model = network()
-    ids = torch.randint(1, 31, (2_000,), generator=torch.Generator().manual_seed(1))
-    loss, count = evaluate(model, ids)
-    parts = [evaluate(model, ids, world=World(rank, size)) for rank in range(size)]
-    shares = [n for _, n in parts]
-    assert sum(shares) == count == 1_999 and max(shares) < count
-    assert sum(part * n for part, n in parts if n) / count == pytest.approx(loss)
+def test_two_ranks_equal_one_process(alone):
+    """Catches shares that overlap or have a wrong weight where they differ (5 windows for 2 ranks,
+    micro-batches), gradients that are not summed, validation that counts twice, and two who
+    print."""
+    results = ranks(*LONG, "--grad-accum", 5)
+    assert [r.status for r in results] == [0, 0], results
+    assert results[0].err.count("Model saved") == 1 and results[1].err == ""
+    same(history(), alone)
+    assert names() == {"prose.txt", str(MODEL)}
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and ps")
-def test_a_process_that_dies(text, alone, tmp_path):
-    """Catches others that wait for ever, a checkpoint that is lost, and a new beginning from nothing."""
-    options = (*LONG, "--checkpoint-interval", 0, "--restart")
-    process = start(tmp_path, text, 2, *options, launch=["--max-restarts=1"])
-    wait_for(tmp_path / "checkpoint.safetensors")
-    os.kill(workers(process)[-1], signal.SIGKILL)
-    status, err = finish(process)
-    assert status == 0 and (found := re.search(r"Continuing the training in \S+ at step ([\d,]+)", err)), err
-    assert int(found[1]) > 0
-    same(alone, tmp_path / "model.safetensors")
+def test_stopped_and_resumed_by_another_number_of_ranks(alone):
+    """Catches a signal to one rank that leaves the others waiting, and a checkpoint that is bound
+    to a number of ranks."""
+
+    def stop():
+        if os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+
+    with at_step(20, stop):
+        results = ranks(*LONG, differing=[(), (), ()])
+    assert all(result.status >= 128 for result in results), results
+    step = anexagpt.load(CHECKPOINT).metadata.step
+    assert 20 <= step <= 21 and names() == {"prose.txt", str(CHECKPOINT)}
+    assert Fork(*LONG).result().status == 0
+    same(history(), alone)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a process group")
-def test_stopped_and_continued_by_another_number(text, alone, tmp_path):
-    """Catches a Ctrl-C that leaves processes behind or saves nothing, and a checkpoint bound to a number of ranks."""
-    process = start(tmp_path, text, 2, *LONG, "--checkpoint-interval", 0)
-    wait_for(tmp_path / "checkpoint.safetensors")
-    children = workers(process)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    status, err = finish(process)
-    assert status != 0 and err.count("the same command goes on from there") == 1 and "Error" not in err, err
-    for child in children:
-        with pytest.raises(ProcessLookupError):
-            os.kill(child, 0)
-    step = open_file(tmp_path / "checkpoint.safetensors")[0].step
-    assert f"Stopped at step {step:,}" in err and not (tmp_path / "model.safetensors").exists()
-    status, err = finish(start(tmp_path, text, 1, *LONG))
-    assert status == 0 and f"at step {step:,}" in err, err
-    same(alone, tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    "option", ["--learning-rate 0", "--n-embd 8", "--dtype bfloat16", "other.txt"]
+)
+def test_ranks_that_differ(option):
+    """Catches options that differ between machines: a wrong result, a traceback or a hang."""
+    Path("other.txt").write_text(prose(701))
+    own = ["other.txt"] if option == "other.txt" else ["prose.txt", *option.split()]
+    results = ranks("train", *LONG[2:], differing=[["prose.txt"], own])
+    assert [result.status for result in results] == [2, 2], results
+    assert results[0].is_error("ranks") and results[1].err == "" and not MODEL.exists()
 
 
-def test_more_processes_than_gpus(monkeypatch):
-    """Catches a traceback of CUDA where torchrun was asked for a process too many."""
-    for name, value in dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, LOCAL_RANK=0).items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"--nproc-per-node 2: .* 1;"), World.joined(torch.device("cuda")):
-        pass
+ERRORS = {"--batch-size 1": "at least 2", "--encoding utf-99": "utf-99", "--out .": "--out ."}
+ERRORS["--muon-learning-rate 10 --learning-rate 10"] = "diverged"
 
 
-@pytest.mark.parametrize("options, said", [(["--batch-size", "1"], "--batch-size 1: must be at least 2")])
-def test_errors(text, tmp_path, options, said):
-    """Catches a process without work, and an error that is told by each of them."""
-    status, err = finish(start(tmp_path, text, 2, "--max-steps", 5, *options))
-    assert status != 0 and f"anexagpt.py: {said}" in err and f"process 1: {said}" in err, err
+@pytest.mark.parametrize("option, word", ERRORS.items())
+def test_errors(option, word):
+    """Catches an error that each rank prints, others that wait for the one that has it, and advice
+    to use a checkpoint that is not there."""
+    results = ranks(*LONG, *option.split(), seconds=30)
+    assert [result.status for result in results] == [2, 2], results
+    lines = results[0].err.splitlines()
+    assert word in lines[-1] and "Traceback" not in results[0].err
+    assert results[1].err == "" and ("checkpoint" not in lines[-1] or CHECKPOINT.exists())
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_WORLD_SIZE", "RANK", "MASTER_ADDR", "all"])
+def test_incomplete_environment(cli, monkeypatch, missing):
+    """Catches a traceback where WORLD_SIZE is set, but not by torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if missing not in (name, "all"):
+            monkeypatch.setenv(name, "0")
+    assert cli(*LONG).is_error("WORLD_SIZE", "torchrun")
+
+
+def torchrun(restarts: int, *options) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += [f"--max-restarts={restarts}", ROOT / "anexagpt.py", *LONG, *options]
+    return subprocess.Popen([sys.executable, *map(str, launch)], stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_onto_an_existing_model():
+    """Catches "terminate called without an active exception" after an error of the user."""
+    MODEL.write_bytes(b"mine")
+    process = torchrun(0)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode and said.count("anexagpt.py: model.safetensors") == 1, said
+    assert "terminate called" not in said and MODEL.read_bytes() == b"mine"
+
+
+def test_rank_that_is_killed():
+    """Catches a --restart run that torchrun cannot restart, since the model of before exists: a
+    rank is killed before the first checkpoint, and another time after it."""
+    assert Fork(*LONG, "--max-steps", 3).result().status == 0
+    before = weights()
+    process = torchrun(2, "--restart", "--max-steps", 400, "--checkpoint-interval", 0.1)
+
+    def kill() -> None:
+        command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+
+    said = next(line for line in process.stderr if "steps of" in line)
+    kill()
+    wait_for(CHECKPOINT.exists)
+    kill()
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "Resuming" in said and weights() != before, said
+    assert history()[-1][0] == 400

@@ -1,216 +1,262 @@
-"""The pages: their links, commands, code blocks, quoted messages and pictures, against the program as it is."""
+"""Docs and project: links, commands, code blocks and quoted messages against the program."""
 
+import argparse
 import ast
+import code
+import inspect
 import io
+import itertools
 import json
 import re
 import shlex
+import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-import anexagpt
 
 sys.path.insert(0, str(ROOT / "docs"))
 import exercises
 import pictures
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "benchmarks" / "README.md"]
-TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "tests" / "benchmarks" / "README.md"]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES if path.exists()}
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
-SOURCE = ast.parse((ROOT / "anexagpt.py").read_text(encoding="utf-8"))
+SCRIPT = (ROOT / "anexagpt.py").read_text(encoding="utf-8")
+TREE = ast.parse(SCRIPT)
 
 
-def prose(text: str) -> str:
-    """A page without its code, blocks and spans."""
+def without_code(text: str) -> str:
     return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
 
 
-def anchors(text: str) -> set[str]:
-    """The names that headings can be linked by, as GitHub makes them: lower case, dashes, no punctuation."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links(page):
-    """Catches a link to a page, a picture or a heading that is not there."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[page]).replace("[]", "[x]")):
-        if target.startswith(("http://", "https://")):
-            continue
-        name, _, anchor = target.partition("#")
-        path = (page.parent / name).resolve() if name else page
-        assert path.exists(), target
-        assert not anchor or anchor in anchors(TEXTS[path]), target
-
-
-def test_every_page_and_picture_is_reached():
-    """Catches a page that no other links to, and a picture that none shows."""
-    linked = {
-        (page.parent / target.partition("#")[0]).resolve()
-        for page, text in TEXTS.items()
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose(text))
-    }
+def test_links():
+    """Catches a link to a page, picture or heading that is not there, and a page or picture that
+    no page links to."""
+    linked = set()
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text).replace("[]", "[x]")):
+            if target.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), (page.name, target)
+            linked.add(path.resolve())
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", TEXTS.get(path, "")), re.MULTILINE)
+            names = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert not anchor or anchor in names, (page.name, target)
     made = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "pictures").glob("*.svg")]
     assert not [path.name for path in made if path.resolve() not in linked]
 
 
-def commands(text: str) -> list[str]:
-    """What follows `python` and a script's name, wherever a page has it: up to the end of the line or of the code."""
-    found = []
+def commands(text: str) -> list[list[str]]:
+    """Script and arguments of each command line and code span of a page."""
+    found, start = [], r"(\s{4,}|\$ |!|)\s*(pip [^&]*&& |echo [^|]*\| )?python \S+\.py"
     for span in re.findall(r"`([^`\n]*)`", FENCE.sub("", text)) + text.splitlines():
-        if re.match(r"(\s{4,}|\$ |!|)\s*(pip [^&]*&& |echo [^|]*\| )?python \S+\.py", span):
-            found += [span[span.index("python ") + 7 :]]
+        if re.match(start, span):
+            span = span[span.index("python ") + 7 :].split("|")[0].split(">")[0]
+            found.append(shlex.split(span, comments=True))
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands(page, capsys):
-    """Catches a command in a page that the program would refuse, and a script that is not there."""
-    for command in commands(TEXTS[page]):
-        script, *words = shlex.split(command.split("|")[0].split(">")[0], comments=True)
-        options = [word for word in words if word.startswith("-")]
-        folder = ROOT if "/" in script or script == "anexagpt.py" else page.parent
-        assert (folder / script).exists(), command
-        if script == "docs/exercises.py":
-            assert set(words) <= set(exercises.EXERCISES), command
-        elif script != "anexagpt.py":
-            source = (folder / script).read_text(encoding="utf-8")
-            assert all(f'"{option}"' in source for option in options), command
-        elif "COMMAND" not in words:
-            try:
-                anexagpt.parse_options([word for word in words if word != "..."])
-            except SystemExit as leave:
-                assert not leave.code, (command, capsys.readouterr().err)
+def test_commands_and_options(cli):
+    """Catches a command that the program refuses, and an option or script that does not exist."""
+    options, n = {}, 0
+    for command in (
+        "run",
+        "train",
+        "chat",
+        "generate",
+        "explain",
+        "eval",
+        "info",
+        "export",
+        "push",
+    ):
+        options[command] = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", cli(command, "--help").out))
+    known = set.union(*options.values()) | {
+        "--version",
+        "--index-url",
+        "--ignore-eos",
+        "--nproc-per-node",
+    }
+    for page, text in TEXTS.items():
+        for script, *words in commands(text):
+            folder = ROOT if "/" in script or script == "anexagpt.py" else page.parent
+            assert (folder / script).exists(), (page.name, script)
+            given = {word for word in words if re.match("--?[a-z]", word)}
+            if script == "docs/exercises.py":
+                assert set(words) <= set(exercises.EXERCISES), words
+            elif script != "anexagpt.py":
+                source = (folder / script).read_text(encoding="utf-8")
+                assert all(f'"{option}"' in source for option in given), (page.name, words)
+            elif "COMMAND" not in words and words != ["--version"]:
+                n += 1
+                command = words[0] if words and words[0] in options else "run"
+                assert given <= options[command] | {"--help"}, (page.name, words)
+                words = [word for word in words if word not in ("...", "--help")]
+                assert cli(*words, "--help").status == 0, (page.name, words)
+        if page.name in ("README.md", "chat.md", "troubleshooting.md", "export.md"):
+            assert set(re.findall(r"`(--[a-z][\w-]*)[ `]", text)) <= known, page.name
+    assert n > 20
 
 
-def test_commands_are_found():
-    """Catches a pattern that finds no commands, so that the test above would see nothing."""
-    assert commands("    python anexagpt.py x\nand `python a.py y` so\n$ python b.py\n") == [
-        "a.py y",
-        "anexagpt.py x",
-        "b.py",
-    ]
-    assert sum(len(commands(text)) for text in TEXTS.values()) > 50
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_python_blocks_are_python(page):
-    """Catches a block that does not even compile; what the blocks do is tested page by page."""
-    for _, language, block in FENCE.findall(TEXTS[page]):
-        if language == "python":
-            compile(block, page.name, "exec")
-
-
-NUMBER = re.compile(r"-?\d+\.\d+")
-
-
-def alike(told: str, found: str, roughly: bool) -> bool:
-    """Whether two outputs are the same but for the last digit of numbers; roughly: but for a quarter, and for words."""
-    told, found = (re.sub(r" +", " ", text) for text in (told, found))
-    close = len(NUMBER.findall(told)) == len(NUMBER.findall(found)) and all(
-        abs(float(a) - float(b)) <= (0.25 * abs(float(a)) + 0.3 if roughly else 1.5 * 10 ** -len(a.split(".")[1]))
-        for a, b in zip(NUMBER.findall(told), NUMBER.findall(found), strict=True)
+def same_output(told: str, found: str, roughly: bool) -> bool:
+    """Equal but for the last digit of numbers; roughly: but for a quarter of them and for words."""
+    number, texts = r"-?\d+\.\d+", [re.sub(r" +", " ", text).strip() for text in (told, found)]
+    words = [re.sub(rf" *{number}", "N", text) for text in texts]
+    a, b = (re.findall(number, text) for text in texts)
+    return (
+        (roughly or words[0] == words[1])
+        and len(a) == len(b)
+        and all(
+            abs(float(x) - float(y))
+            <= (abs(float(x)) / 4 + 0.3 if roughly else 1.5 * 10 ** -len(x.split(".")[1]))
+            for x, y in zip(a, b, strict=True)
+        )
     )
-    return close and (roughly or NUMBER.sub("N", told).replace(" N", "N") == NUMBER.sub("N", found).replace(" N", "N"))
 
 
-def test_new_architecture_runs():
-    """Catches a block of new_architecture.md that no longer runs, or prints something else than the page says."""
-    blocks = FENCE.findall(TEXTS[ROOT / "docs" / "new_architecture.md"])
-    names: dict = {"__name__": "new_architecture"}
-    ran = 0
-    for (_, language, block), (_, after, told) in zip(blocks, [*blocks[1:], ("", "", "")], strict=True):
+def test_new_architecture_as_it_is_pasted(monkeypatch):
+    """Catches a block that fails in Python's prompt, as one whose loop has no empty line after it
+    (issue 16, number 19), or that prints something else than the page says."""
+    monkeypatch.chdir(ROOT)
+    blocks = [*FENCE.findall(TEXTS[ROOT / "docs" / "new_architecture.md"]), ("", "", "")]
+    console, ran, wrong = code.InteractiveConsole({"__name__": "__main__"}), 0, []
+    for (_, language, block), (_, after, told) in itertools.pairwise(blocks):
         if language != "python":
             continue
-        printed, ran = io.StringIO(), ran + 1
-        with redirect_stdout(printed):
-            exec(compile(block, f"block {ran} of new_architecture.md", "exec"), names)
-        found = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE)
+        printed, errors, ran = io.StringIO(), io.StringIO(), ran + 1
+        with redirect_stdout(printed), redirect_stderr(errors):
+            if [console.push(line) for line in block.splitlines()][-1]:
+                console.push("")
+        found = re.sub("(?m)^<.* at 0x[0-9a-f]+>\n", "", printed.getvalue())  # of manual_seed
         told = told if after.startswith("text") else ""
-        assert alike(told, found, after == "text about"), f"block {ran} printed\n{found}\nthe page says\n{told}"
-    assert ran > 25
-
-
-def test_alike():
-    """Catches a comparison that lets anything pass."""
-    assert alike("a 1.234 b\n", "a  1.235 b\n", False) and not alike("a 1.234\n", "a 1.237\n", False)
-    assert not alike("a 1.2\n", "b 1.2\n", False) and not alike("", "1.2\n", False)
-    assert alike("so 2.0\n", "or 2.3\n", True) and not alike("so 2.0\n", "so 3.0\n", True)
+        if errors.getvalue() or not same_output(told, found, after == "text about"):
+            wrong.append(f"block {ran}:\n{block}printed\n{printed.getvalue()}{errors.getvalue()}")
+    assert ran > 10 and not wrong, "\n".join(wrong)
+    assert same_output("a 1.234 b", "a 1.235 b", False) and not same_output("a", "b", False)
+    assert not same_output("a 1.234", "a 1.237", False) and not same_output("", "1.2", False)
 
 
 @pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_exercises(name, capsys):
-    """Catches a solution that is no longer true; each of them stops with an error then."""
+    """Catches a solution that is no longer true; each stops with an error then."""
     exercises.EXERCISES[name]()
     assert capsys.readouterr().out
-    assert f"python docs/exercises.py {name}" in TEXTS[ROOT / "docs" / "reading.md"]
+    assert f"docs/exercises.py {name}" in TEXTS[ROOT / "docs" / "reading.md"]
 
 
-def test_path_of_the_reader():
-    """Catches a section of the program that the path of reading.md leaves out, or has in another order."""
-    sections = re.findall(r"^# ---- (.+?) -+$", (ROOT / "anexagpt.py").read_text(encoding="utf-8"), re.MULTILINE)
+def test_reading_follows_the_program():
+    """Catches a section that the path of reading.md leaves out or has in another order."""
+    sections = re.findall(r"^# ---- (.+?) -+$", SCRIPT, re.MULTILINE)
     path = TEXTS[ROOT / "docs" / "reading.md"].partition("## The papers")[0]
     places = [path.index(f"`{name}`") for name in sections]
-    assert places == sorted(places)
+    assert len(sections) >= 13 and places == sorted(places)
+    assert SCRIPT.index("\nclass GPT(") < SCRIPT.index("# " + "=" * 50) < SCRIPT.index("def cmd_")
 
 
-# ---- messages --------------------------------------------------------------------------------------------------------
+def test_readme_start_and_examples():
+    """Catches a Start without Python's version and a virtual environment before what one copies,
+    examples with files that nobody has (issue 16, numbers 2 and 10), and a README and chat.md that
+    do not say that each prompt is answered afresh (number 8)."""
+    readme, chat = TEXTS[ROOT / "README.md"], TEXTS[ROOT / "docs" / "chat.md"]
+    start = readme.partition("## Start")[2]
+    before = start[: start.index("\npython anexagpt.py")]
+    for words in ("3.10", "venv", "download.pytorch.org/whl/cpu"):
+        assert words in before, words
+    for text in (readme, chat):
+        assert re.search(r"(afresh|forgotten|does not remember|no memory|on its own)", text)
+    for line in readme.splitlines():
+        names = re.findall(r"(?<=[ `])(?!requirements)[\w-]+\.txt\b", line)
+        assert not names or "your" in line or ">" in line or "tests/" in line, line
 
 
-def template(node) -> str:
-    """A string of the program with … for what is filled in."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else "…"
-    if isinstance(node, ast.JoinedStr):
-        return re.sub("…+", "…", "".join(map(template, node.values)))
-    return "…"
-
-
-def matches(told: str, said: str) -> bool:
-    """Whether all pieces of the told message stand in the said one, in order."""
-    pieces = [piece for piece in told.split("…") if piece.strip()]
-    return re.search(".*".join(map(re.escape, pieces)), said, re.DOTALL) is not None
-
-
-def told_messages() -> list[str]:
-    """The code in the first column of the tables of troubleshooting.md, but for what is Python's."""
-    page = TEXTS[ROOT / "docs" / "troubleshooting.md"].partition("## No message at all")[0]
-    rows = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
-    return [code for row in rows for code in re.findall(r"`([^`]+)`", row) if not code.startswith("ModuleNotFound")]
-
-
-def test_messages_in_troubleshooting_exist():
-    """Catches a message in troubleshooting.md that the program does not say any more."""
-    said = [template(node) for node in ast.walk(SOURCE) if isinstance(node, (ast.Constant, ast.JoinedStr))]
-    for told in told_messages():
-        assert any(matches(told, text) for text in said), told
-
-
-def test_messages_of_the_program_are_in_troubleshooting():
-    """Catches an error or a note that a person can get and troubleshooting.md does not explain."""
-    told, missing = told_messages(), []
-    for node in ast.walk(SOURCE):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
-        name, said = getattr(node.func, "id", ""), template(node.args[0])
-        if name in ("UserError", "DownloadError") or (name == "say" and said.startswith("NOTE")):
-            words = max(said.split("…"), key=len).strip(" :;()")
-            if len(words) > 3 and not any(matches(text, said) and len(text) > 3 for text in told):
-                missing.append(said)
-    assert not missing, "explain these in docs/troubleshooting.md:\n" + "\n".join(missing)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
+def test_quoted_messages_exist():
+    """Catches a message in troubleshooting.md that the program does not say (any more)."""
+    trees = TREE, ast.parse(inspect.getsource(argparse))  # which writes some of them
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    strings = [node.value for node in nodes if isinstance(node.value, str)]
+    page = TEXTS[ROOT / "docs" / "troubleshooting.md"].partition("## No message")[0]
+    rows = re.findall(r"^\| (`.+?`) \| ", page, re.MULTILINE)
+    missing = []
+    for message in {m for row in rows for m in re.findall("`([^`]+)`", row)}:
+        triples = []  # three words in a row; some triple holds no value of a user's
+        for words in (part.split() for part in re.split("…|python-docs", message)):
+            triples += [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
+        if triples and not any(t.strip(" :;,.()'") in s for t in triples for s in strings):
+            missing.append(message)
+    assert len(rows) > 20 and not {*missing} - {"invalid int value"}, missing
 
 
 def test_pictures_are_drawn_from_their_figures(tmp_path, monkeypatch):
-    """Catches a picture that was changed by hand, or not drawn again after its figures or the script changed."""
+    """Catches a picture that was changed by hand, or not drawn again after its figures changed."""
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
-    pictures.draw(json.loads((ROOT / "docs" / "pictures" / "figures.json").read_text(encoding="utf-8")))
+    pictures.draw(json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8")))
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
-    assert len(drawn) == 7
+    assert len(drawn) > 4
     for name, svg in drawn.items():
         assert svg == (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8"), name
+
+
+# ---- project ----
+
+
+def pins(name: str) -> list[str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def imported(tree) -> set[str]:
+    """Top-level modules that a file imports, except Python's own."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+def test_requirements():
+    """Catches `uv run` and `pip install` that install different versions, a dependency without an
+    exact one, and an import that nobody installs."""
+    toml = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", SCRIPT)[1].replace("# ", "")
+    assert 'requires-python = ">=3.10"' in toml
+    assert re.findall(r'^ +"(.+)",$', toml, re.MULTILINE) == pins("requirements.txt")
+    ours, tests = pins("requirements.txt"), pins("tests/requirements.txt")
+    assert "torch==2.13.0" in ours
+    for pin in ours + tests:
+        assert re.fullmatch(r"[\w.-]+==[\d.]+(; python_version .*)?", pin), pin
+    assert imported(TREE) <= {pin.split("==")[0] for pin in ours}
+    own = {path.stem for path in [*(ROOT / "docs").glob("*.py"), *(ROOT / "tests").rglob("*.py")]}
+    installed = {pin.split("==")[0].replace("-", "_") for pin in ours + tests}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        found = imported(ast.parse(path.read_text(encoding="utf-8")))
+        assert found - own - {"anexagpt"} <= installed, (path.name, found - own - installed)
+
+
+def test_nothing_runs_foreign_code():
+    """Catches pickle, eval and exec: a model file is data."""
+    forbidden = {"pickle", "marshal", "shelve", "dill", "joblib"}
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert not {alias.name for alias in node.names} & forbidden
+        if isinstance(node, ast.Name):
+            assert node.id not in ("eval", "exec", "compile", "__import__")
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "torch":
+            assert node.attr not in ("load", "save")
+
+
+def test_files():
+    """Catches tabs, Windows line ends, other top-level entries, another license."""
+    for path in [ROOT / "anexagpt.py", *Path(__file__).parent.glob("*.py")]:
+        raw = path.read_bytes()
+        assert b"\r" not in raw and b"\t" not in raw and raw.endswith(b"\n"), path
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    entries = {line.strip('"').split("/")[0] for line in listed.stdout.splitlines()}
+    expected = {"anexagpt.py", "requirements.txt", "README.md", "LICENSE", "docs", "tests"}
+    assert listed.returncode or entries == expected | {".gitignore", ".ci", ".ruff.toml"}

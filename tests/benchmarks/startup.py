@@ -1,12 +1,9 @@
-"""Start-up: how long until the program answers, against `import torch` alone, and the most memory of each phase.
+"""Start-up: time to --help, to the first prompt and others, against `import torch`, and memory.
 
     python tests/benchmarks/startup.py --model model.safetensors --text tinyshakespeare.txt
 
-`chat` is timed to its first prompt, by an input that ends at once. POSIX only: memory is what the system tells of a
-process that has ended.
+Each command gets an input that ends at once. POSIX only.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -21,53 +18,47 @@ from pathlib import Path
 PROGRAM = Path(__file__).resolve().parents[2] / "anexagpt.py"
 
 
-def measured(command: list[str], folder: str) -> tuple[float, float, float]:
-    """Seconds by the clock, seconds of the processor, and the most memory in MB of a command that gets no input."""
+def measure(command: list[str], folder: str) -> tuple[float, float, float]:
+    """Seconds, seconds of the processor, and the largest memory in MB of a command."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=folder, **streams)
     _, _, used = os.wait4(process.pid, 0)
-    scale = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / scale
+    megabytes = used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return time.perf_counter() - start, used.ru_utime + used.ru_stime, megabytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="for the training whose memory is measured")
+    parser.add_argument("--text", type=Path, required=True, help="to train on for 20 steps")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    options = parser.parse_args()
-    ours, model = [sys.executable, str(PROGRAM)], ["--model", str(options.model.resolve())]
-    training = [*ours, "train", "--data", str(options.text.resolve()), "--max-steps", "20", "--restart"]
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    ours, model = [sys.executable, str(PROGRAM)], ["--model", str(args.model.resolve())]
+    train = [*ours, "train", "--data", str(args.text.resolve()), "--max-steps", "20", "--restart"]
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
         "--help": [*ours, "--help"],
-        "a mistyped option": [*ours, "train", "--max-stpes", "5"],
-        "info": [*ours, "info", *model],
         "chat, first prompt": [*ours, "chat", *model],
         "generate, 300 characters": [*ours, "generate", "It was", *model],
         "generate, 64 texts": [*ours, "generate", "It was", "-k", "64", *model],
-        "train, 20 steps of 6 x 256": training,
-        "train --size medium, 20 steps of 6 x 256": [*training, "--size", "medium"],
+        "train, 20 steps of 6 x 256": train,
+        "train --size medium, 20 steps of 6 x 256": [*train, "--size", "medium"],
     }
-    once = [name for name in commands if name.startswith("train")]
-    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+    figures = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(options.rounds + 1):
+        for turn in range(args.rounds + 1):  # the first fills the system's caches
             for name, command in commands.items():
-                if turn and (turn == 1 or name not in once):  # the first turn fills the system's caches
-                    figures[name].append(measured(command, folder))
-                elif not turn and name not in once:
-                    measured(command, folder)
-    print("| what | seconds | of the processor | times `import torch` | most memory, MB |\n|---|---|---|---|---|")
+                if turn == 1 or not name.startswith("train"):
+                    figures[name] += [measure(command, folder)]
+    print("| what | seconds | of the processor | x `import torch` | MB |\n|---|---|---|---|---|")
     for name, rounds in figures.items():
-        wall, cpu, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(a[0] / b[0] for a, b in zip(rounds, figures["import torch"], strict=False))
-        print(f"| {name} | {wall:.2f} | {cpu:.2f} | {ratio:.2f} | {memory:,.0f} |")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+        seconds, cpu, memory = map(statistics.median, zip(*rounds[1:] or rounds, strict=True))
+        ratio = seconds / statistics.median(row[0] for row in figures["import torch"][1:])
+        print(f"| {name} | {seconds:.2f} | {cpu:.2f} | {ratio:.2f} | {memory:,.0f} |")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

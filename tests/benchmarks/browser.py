@@ -1,0 +1,106 @@
+"""The model in a web page: characters a second in Chromium and in the script, delay of clicks.
+
+    python tests/benchmarks/browser.py --model model.safetensors
+
+The page and the script take turns. Each round continues an empty prompt. The delay is that from a
+click to the next frame that is drawn, while text is written: clicks go in turn to the views and to
+a place in the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from playwright.sync_api import sync_playwright
+
+import anexagpt
+
+WATCH_CLICKS = """() => {
+    window.delays = [];
+    addEventListener("pointerdown", ({timeStamp}) => {
+        requestAnimationFrame(() => setTimeout(() => delays.push(performance.now() - timeStamp)));
+    }, true);
+}"""
+
+
+def write_in_page(page, n: int) -> float:
+    """Characters a second, as the page itself has measured."""
+    page.fill("#set-max_new", str(n))
+    page.click("#clear")
+    page.click("#go")
+    page.wait_for_selector("#go:text-is('Continue')", timeout=600_000)
+    words = page.inner_text("#status").replace(",", "").split()
+    assert int(words[0]) == n
+    return n / float(words[3])
+
+
+def click_delays(page, clicks: int) -> list[float]:
+    """Milliseconds from each of some clicks, while text is written, to the frame after it."""
+    page.evaluate(WATCH_CLICKS)
+    page.fill("#set-max_new", "20000")
+    page.click("#clear")
+    page.click("#go")
+    targets = [*page.locator(".tabs label").all(), page.locator("#text")]
+    for i in range(clicks):
+        targets[i % len(targets)].click(no_wait_after=True)
+        page.wait_for_timeout(97)
+    assert page.inner_text("#go") == "Stop"
+    page.click("#go")
+    return page.evaluate("delays")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=Path("model.safetensors"))
+    parser.add_argument(
+        "--chromium", default=shutil.which("chromium") or shutil.which("google-chrome")
+    )
+    parser.add_argument("--characters", type=int, default=2_000, help="in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clicks", type=int, default=60)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    options = parser.parse_args()
+    model, n = anexagpt.load(options.model), options.characters
+    speeds: dict[str, list[float]] = {"page": [], "script": []}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=options.chromium, args=["--no-sandbox"]
+        )
+        page = browser.new_page()
+        page.goto((ROOT / "docs" / "browser.html").as_uri())
+        page.set_input_files("#file", options.model)
+        page.wait_for_selector("#workspace:visible")
+        for turn in range(options.rounds + 1):
+            speed = write_in_page(page, n)
+            start = time.perf_counter()
+            assert len(model.generate("", max_new=n)) >= n
+            if turn:  # the first is for warming up
+                speeds["page"].append(speed)
+                speeds["script"].append(n / (time.perf_counter() - start))
+        delays = click_delays(page, options.clicks)
+        browser.close()
+    ratios = sorted(
+        page / script for page, script in zip(speeds["page"], speeds["script"], strict=True)
+    )
+    print(f"{n} characters, {options.rounds} rounds, one text; characters a second\n")
+    print("| writes | median | lowest to highest |\n|---|---|---|")
+    for name, values in speeds.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"| {name} | {middle:,.0f} | {low:,.0f} to {high:,.0f} |")
+    print(f"\npage / script: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    median, worst = statistics.median(delays), max(delays)
+    print(f"{len(delays)} clicks while it writes: median {median:.0f} ms, worst {worst:.0f} ms")
+    if options.json:
+        options.json.write_text(json.dumps(dict(speeds=speeds, delays=delays), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Terminal: progress, chart, escaping and standard streams, on pseudo-terminals and off them.
+
+The program runs in forks of this process, on real descriptors but without PyTorch's start-up time.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, Result, header, prose
+from safetensors.torch import save_file
+
+import anexagpt
+
+if os.name != "posix":
+    pytest.skip("needs fork and pseudo-terminals", allow_module_level=True)
+import fcntl
+import pty
+import struct
+import termios
+
+import pexpect.fdpexpect
+
+
+def run_and_exit(arguments, env: dict, closed=()) -> None:
+    """In a fork: the program on descriptors 0, 1 and 2, of which `closed` names the closed ones."""
+    status = 1
+    try:
+        os.environ.update(env)
+        for name in {"COLUMNS", "LINES", "NO_COLOR"} - env.keys():
+            os.environ.pop(name, None)
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            if name in closed:
+                os.close(fd)
+                setattr(sys, name, None)
+            else:
+                raw = open(fd, "wb" if fd else "rb", closefd=False)  # noqa: SIM115
+                stream = io.TextIOWrapper(raw, env.get("PYTHONIOENCODING", "utf-8"))
+                setattr(sys, name, stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = anexagpt.main([str(a) for a in arguments])
+    except SystemExit as leave:
+        status = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def in_fork(*arguments, stdin: str = "", closed=(), **env) -> Result:
+    """Exit status and output, both of which go to files."""
+    names = "in.txt", "out.txt", "err.txt"
+    Path(names[0]).write_text(stdin, encoding="utf-8")
+    if (pid := os.fork()) == 0:
+        for fd, name in enumerate(names):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC * bool(fd)), fd)
+        run_and_exit(arguments, env, closed)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return Result(status, *(Path(name).read_bytes().decode() for name in names[1:]))
+
+
+class Terminal(pexpect.fdpexpect.fdspawn):
+    """The program on a pseudo-terminal."""
+
+    def __init__(self, *arguments, rows: int = 24, columns: int = 80, **env):
+        self.program, fd = pty.fork()
+        if self.program == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+            run_and_exit(arguments, dict(TERM="xterm-256color", COLORTERM="truecolor") | env)
+        super().__init__(fd, encoding="utf-8", timeout=30)
+
+    def press(self, keys: str, words: str) -> None:
+        """Send keys until words come: a Ctrl-C may be lost while the terminal changes its mode."""
+        for _ in range(3):
+            self.send(keys)
+            if self.expect_exact([words, pexpect.TIMEOUT], 10) == 0:
+                return
+        raise AssertionError(f"{words} never came: {self.before}")
+
+    def end(self) -> int:
+        """Exit status; `before` is what came last."""
+        self.expect(pexpect.EOF)
+        return os.waitstatus_to_exitcode(os.waitpid(self.program, 0)[1])
+
+
+def random_model(tiny: Path, path: Path | str, characters: str, scale: float = 0.4, **shape):
+    """A model file with random weights and these characters, which writes at random, too."""
+    characters = "\ufffd" + "".join(sorted(set(characters)))
+    shape = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.0) | shape
+    config = anexagpt.GPTConfig(vocab_size=len(characters), **shape)
+    torch.manual_seed(1)
+    weights = {n: torch.randn(w.shape) * scale for n, w in anexagpt.GPT(config).named_parameters()}
+    fields = dict(config=dataclasses.asdict(config), characters=characters)
+    metadata = header(tiny)["__metadata__"] | {k: json.dumps(v) for k, v in fields.items()}
+    save_file(weights, path, metadata)
+    return anexagpt.load(path)
+
+
+# ---- escaping ----
+
+STEERING = "\x00\x07\x0b\x0c\r\x1b\x7f\x9b\u061c\u200e\u202e\u2066"
+VISIBLE = "a\n\t\u06dd\u200b\u00ad\ufeff\u4f60\U0001f600\u0301"
+
+
+def test_text_is_escaped_on_a_terminal_only(tiny, tmp_path, monkeypatch):
+    """Catches `generate > file` that changes characters (issue 28), and a model that steers a
+    terminal, or whose visible characters, as U+06DD, are spelt out there."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model(tiny, "model.safetensors", STEERING + VISIBLE, scale=0.01)
+    text = "a" + model.generate("a", max_new=400, seed=1)
+    assert set(STEERING + VISIBLE) <= set(text)
+    command = "generate", "a", "-n", 400, "--seed", 1
+    assert in_fork(*command).out == text + "\n"
+    shown = "".join(c.encode("unicode_escape").decode() if c in STEERING else c for c in text)
+    child = Terminal(*command)
+    assert child.end() == 0 and child.before == shown.replace("\n", "\r\n") + "\r\n"
+    assert in_fork("chat", "-n", 400, "--seed", 1, stdin="a\n").out == text + "\n"
+    child = Terminal("generate", "a", "-k", 2, "-n", 400, "--seed", 1)
+    assert child.end() == 0 and not set(STEERING) - {"\r"} & set(child.before)
+
+
+@pytest.mark.parametrize("name", ["x[/y].txt", "[red]b[/red].txt", "a\x1b[31m\u202e\x9b2J.txt"])
+def test_names_are_shown_as_they_are_and_steer_nothing(tiny, tmp_path, monkeypatch, name):
+    """Catches names that are parsed as rich markup, or that reach the terminal raw (issue 31)."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(prose(200))
+    shown = "".join(c.encode("unicode_escape").decode() if c in STEERING else c for c in name)
+    child = Terminal("train", name, *TINY, "--max-steps", 2, columns=200)
+    assert child.end() == 0 and shown in child.before, child.before
+    assert not set(STEERING) - set("\r\x1b") & set(child.before) and "\x1b[31m" not in child.before
+    for command in (["info"], ["eval", name, "--device", "cpu"], ["eval", "--data", name + "\x1b"]):
+        result = in_fork(*command)
+        assert shown in result.out + result.err
+        assert not set(STEERING) & set(result.out + result.err)
+
+
+# ---- standard streams ----
+
+COMMANDS = {
+    command.split()[0]: command.split()
+    for command in (
+        "train prose.txt --max-steps 2 --out new.safetensors " + " ".join(TINY), "run -n 5",
+        "chat -n 5", "generate the -n 5", "explain the", "eval prose.txt --device cpu", "info",
+        "export hf --force", "push me/tiny",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_closed_streams(tiny, tmp_path, monkeypatch, command):
+    """Catches tracebacks and silence where a shell has closed a stream (`<&-`), and files of ours
+    that take its descriptor and are written over (issue 30)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    Path("model.safetensors").write_bytes(tiny.read_bytes())
+    Path("prose.txt").write_text(prose(), encoding="utf-8", newline="\n")
+    for closed in ("stdin", "stdout", "stderr"):
+        Path("new.safetensors").unlink(missing_ok=True)
+        result = in_fork(*COMMANDS[command], closed=[closed])
+        assert "Traceback" not in result.out + result.err, result.err
+        if closed == "stdout":
+            assert result.is_error("standard output is closed")
+        else:
+            assert result.status == (2 if command == "push" else 0), result
+        if command == "push" and closed == "stdin":
+            assert "HF_TOKEN" in result.err
+        assert Path("model.safetensors").read_bytes() == tiny.read_bytes()
+
+
+def test_a_stream_without_the_characters(tiny, tmp_path, monkeypatch):
+    """Catches a UnicodeEncodeError on a terminal that has ASCII only, and blocks in views there."""
+    monkeypatch.chdir(tmp_path)
+    random_model(tiny, "model.safetensors", "abc\n \u03b1\u4f60")
+    child = Terminal("generate", "\u03b1", "-n", 50, PYTHONIOENCODING="ascii")
+    assert child.end() == 0 and child.before.startswith("\\u03b1") and child.before.isascii()
+    child = Terminal("explain", "abcab", "--view", "attn", PYTHONIOENCODING="ascii", NO_COLOR="1")
+    assert child.end() == 0 and child.before.isascii() and "##" in child.before
+    assert "\\u" not in child.before
+
+
+# ---- progress ----
+
+
+def test_progress_on_a_terminal_of_60_columns(tmp_path, monkeypatch):
+    """Catches a live line that is cut or wrapped, Ctrl-C that loses the run or leaves the cursor
+    hidden, another exit status than 130, and a run that does not resume."""
+    monkeypatch.chdir(tmp_path)
+    Path("prose.txt").write_text(prose(), encoding="utf-8")
+    command, reached = ["train", "prose.txt", *TINY, "--max-steps", 5_000], 0
+    for turn in range(2):
+        child = Terminal(*command, columns=60)
+        if turn:
+            child.expect(r"Resuming model\.safetensors\.checkpoint at step ([\d,]+)")
+            assert int(child.match[1].replace(",", "")) == reached
+        line = r"[\d,]+/5,000 train \d\.\d{3} val (?:\d\.\d{3}|  -  ) [\d,]+ char/s [\d:]+ left"
+        for _ in range(2):
+            child.expect(line)
+            assert len(child.after) <= 60 and child.before[-1:] in "\r\n\x1bmKlh2", child.before
+        child.send("\x03")
+        child.expect("Stopping after this step")
+        child.expect(r"Stopped at step ([\d,]+), saved in model\.safetensors\.checkpoint")
+        reached = int(child.match[1].replace(",", ""))
+        assert child.end() == 130 and "The same command resumes it." in child.before
+        assert child.before.rfind("\x1b[?25l") <= child.before.rfind("\x1b[?25h")
+    assert reached > 0 and not Path("model.safetensors").exists()
+
+
+def test_progress_off_a_terminal(cli, tmp_path):
+    """Catches a first sample that comes late (after 50 steps), lines that lack a figure, 4 digits
+    without a comma, escape sequences in a log, and a chart that is too wide or not of the run."""
+    Path("prose.txt").write_text(prose(3_000), encoding="utf-8")
+    text = Path("prose.txt").read_text(encoding="utf-8")
+    steps = ["--max-steps", 300, "--eval-interval", 100]
+    result = cli("train", "prose.txt", *TINY, *steps)
+    assert result.status == 0 and result.out == "" and not {"\x1b", "\r"} & set(result.err)
+    assert f"{len(text):,} characters" in result.err
+    assert not re.search(r"(?<![\d.,])\d{4}", result.err), "a comma is missing"
+    line = r"([\d,]+)/300 train \d\.\d{3} val \d\.\d{3} [\d,]+ char/s \d+:\d\d left \| .+"
+    steps = [m[1] for m in map(re.compile(line).fullmatch, result.err.splitlines()) if m]
+    assert steps == ["50", "100", "200", "300"]
+    metadata = anexagpt.load("model.safetensors").metadata
+    lines = [row for row in result.err.splitlines() if re.match(r" +(\d\.\d{3} \||\+-| 0 )", row)]
+    assert len(lines) >= 10 and max(map(len, lines)) <= 60 and "step 300" in lines[-1]
+    rows = {float(row[:7]): row[9:] for row in lines if "|" in row}
+    values, width = sorted(rows, reverse=True), len(lines[-2]) - 9
+    half = (values[0] - values[1]) / 2 + 0.0011
+    for step, *losses in metadata.history:
+        column = round(step / 300 * (width - 1))
+        for loss in losses:  # an x may cover an o
+            at = [v for v, row in rows.items() if row[column : column + 1] in ("o", "x")]
+            assert min(abs(v - loss) for v in at) < half, (step, loss)
+    quiet = cli("train", "prose.txt", *TINY, "--max-steps", 2, "--restart", "--quiet").err
+    assert "/2 " not in quiet and "epochs" not in quiet
+    assert quiet.endswith("Training finished...\nModel saved to model.safetensors\n")
+
+
+def test_one_is_singular(tiny, cli):
+    """Catches "1 heads", "1 characters", "1 steps" (issue 16, number 4)."""
+    random_model(tiny, "model.safetensors", "abc\n", n_head=1, n_layer=1)
+    Path("t.txt").write_text("abc\n" * 100 + "z")
+    Path("prose.txt").write_text(prose(100))
+    commands = ["explain a", "info", "eval t.txt", "info o.safetensors"]
+    commands.insert(0, " ".join(["train prose.txt --max-steps 1 --out o.safetensors", *TINY]))
+    results = [cli(*command.split()) for command in commands]
+    text = "\n".join(r.out + r.err for r in results)
+    assert not any(r.status for r in results), text
+    assert not re.search(r"(?<![\d.,/])1 (heads|characters|ids|processes)\b", text), text

@@ -1,0 +1,315 @@
+"""Text sources: files, folders, standard input, built-in texts and URLs, against texts written by
+hand. What was read is known by its SHA-256 in the model file; servers are on the loopback."""
+
+import hashlib
+import os
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Answer, interrupt_at, prose
+from test_faults import Fork, failed, names, weights
+from test_model_file import craft, entry
+
+import anexagpt
+
+SMALL = ["--n-layer", 1, "--n-head", 1, "--n-embd", 4, "--block-size", 2, "--batch-size", 2]
+SMALL += ["--device", "cpu", "--dtype", "float32", "--max-steps", 1, "--quiet", "--restart"]
+SHERLOCK_END = "I believe that she has met with\r\nconsiderable success."
+BOOK = "\n".join(["A book.", prose(300), SHERLOCK_END, ""]).encode()
+
+
+@pytest.fixture
+def read(cli):
+    """Data set entry of the model that a run of one step with these options writes."""
+
+    def run(*options, stdin: str = "") -> dict:
+        result = cli("train", *SMALL, *options, stdin=stdin)
+        assert result.status == 0, result
+        return anexagpt.load("model.safetensors").metadata.data
+
+    return run
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def mirrors(monkeypatch, name: str, *urls: str) -> None:
+    source = anexagpt.SOURCES[name]
+    monkeypatch.setitem(anexagpt.SOURCES, name, source._replace(mirrors=urls))
+
+
+# ---- bytes to text -------------------------------------------------------------------------------
+
+MARKED = "*** START OF THE PROJECT GUTENBERG EBOOK is a marker.\n  \u201cIndented\u201d\u2003\n\n"
+CHINESE = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+ODD = "a\u2028b\x0bc\x0cd\x85e\ufdd0\uffff\U0010ffff\U0001f468\u200d\U0001f467\ufe0f\ufffd" * 9
+TEXTS = {  # bytes, encoding, the text that they are
+    "CRLF and CR": (b"one\r\ntwo\rthree\n\r\n" * 9, "utf-8", "one\ntwo\nthree\n\n" * 9),
+    "BOM": (b"\xef\xbb\xbf" + b"one two\n" * 9, "utf-8", "one two\n" * 9),
+    "UTF-16": (("one two\r\n" * 9).encode("utf-16"), "utf-16", "one two\n" * 9),
+    "UTF-16 without BOM": (("one two\n" * 9).encode("utf-16-le"), "utf-16-le", "one two\n" * 9),
+    "cp1252": (b"caf\xe9 \x93noir\x94\r\n" * 9, "cp1252", "caf\xe9 \u201cnoir\u201d\n" * 9),
+    "spaces and a marker": (MARKED.encode(), "utf-8", MARKED),
+    "odd characters": (ODD.encode(), "utf-8", ODD),
+    "3,000 characters": (CHINESE.encode(), "utf-8", CHINESE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(cli, read, name):
+    """Catches characters that Windows adds, and any that is lost, stripped or wrongly decoded."""
+    raw, encoding, text = TEXTS[name]
+    Path("x.txt").write_bytes(raw)
+    data = read("--data", "x.txt", "--encoding", encoding)
+    assert data == dict(names=["x.txt"], sha256=digest(text), characters=len(text))
+    characters = anexagpt.load("model.safetensors").tokenizer.characters
+    assert set(characters) == set(text) | {"\ufffd"} and list(characters[1:]) == sorted(
+        characters[1:]
+    )
+    assert cli("generate", "a", "--temperature", 50, "--seed", 1).status == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pieces(read, monkeypatch, encoding, size):
+    """Catches a character or a line end that is lost or doubled where pieces of a file meet."""
+    text = "a\ufeff\r\n\rb\u00e9\r\U0001f600\n" * 6
+    Path("x.txt").write_bytes(text.encode(encoding))
+    monkeypatch.setattr(anexagpt, "PIECE", size)
+    expected = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert read("--data", "x.txt", "--encoding", encoding)["sha256"] == digest(expected)
+
+
+@pytest.mark.parametrize("the", ["THE", "THIS"])
+@pytest.mark.parametrize("space", ["", " "])
+def test_gutenberg_license(read, the, space):
+    """Catches markers in the spelling of another decade, and a license that is learnt by heart."""
+    marker = f"***{space}%s OF {the} PROJECT GUTENBERG EBOOK A\nB ***\n"
+    book = "It was a dark and stormy night; the rain fell.\n\nThe end."
+    last = "\r\n\r\nEnd of Project Gutenberg's A B\r\n" * (the == "THIS")
+    text = "License\n" + marker % "START" + f"\n\n{book}\n\n{last}\n" + marker % "END" + "More\n"
+    Path("x.txt").write_text(text, newline="")
+    assert read("--data", "x.txt")["sha256"] == digest(book + "\n")
+
+
+def test_blanks_take_linear_time(cli):
+    """Catches a search for the license that takes minutes for a text with long white space."""
+    start, end = (f"*** {w} OF THE PROJECT GUTENBERG EBOOK" for w in ("START", "END"))
+    for text in (" \n" * 5_000_000, f"{start} X ***{' ' * 5_000_000}{end}{' ' * 5_000_000}",
+                 f"{start} X ***\n{end} " * 60_000):  # fmt: skip
+        Path("x.txt").write_text(text)
+        started = time.process_time()
+        assert cli("train", *SMALL, "--data", "x.txt", "--size", "small").status == 0
+        assert time.process_time() - started < 10
+
+
+PDF, DOC = b"%PDF-1.7\n%\xe2\xe3\n" + b"text " * 99, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"x" * 99
+NOT_TEXT = [
+    *((PDF, e, "plain text") for e in ("utf-8", "latin-1", "utf-16")),
+    *((x, "latin-1", "plain text") for x in (DOC, b"PK\3\4x" * 99, b"one\0two" * 99)),
+    (("one two\n" * 99).encode("utf-16-le"), "utf-8", "--encoding utf-16-le"),
+    (("one two\n" * 99).encode("utf-16"), "utf-8", "--encoding"),
+    (b"caf\xe9 noir" * 9, "utf-8", "--encoding"),
+    (b"a" * 99 + b"\xe4\xb8", "utf-8", "--encoding"),  # ends within a character
+    (b"\\ud800 " * 99, "unicode_escape", "--encoding"),
+    (b"abc" * 99, "utf-99", "--encoding utf-99"),
+    ("\ufffd".encode() * 999, "utf-8", "U+FFFD"),
+    ((b"a" * 9 + "\ufffd".encode()) * 9 + "\ufffd".encode() * 99, "utf-8", "U+FFFD"),  # last tenth
+    (b"", "utf-8", "0 characters"),
+]
+
+
+@pytest.mark.parametrize("raw, encoding, word", NOT_TEXT, ids=lambda x: ascii(x)[:16])
+def test_not_text(cli, raw, encoding, word):
+    """Catches a traceback, a run on something else than text, and advice that does not exist."""
+    Path("x.txt").write_bytes(raw)
+    result = cli("train", *SMALL, "--data", "x.txt", "--encoding", encoding)
+    assert result.is_error(word) and ("x.txt" in result.err or "unknown" in result.err)
+    options = cli("train", "--help").out
+    assert all(option in options for option in re.findall("--[a-z-]+", result.err))
+    assert names() == {"x.txt"}
+
+
+# ---- files, folders, standard input --------------------------------------------------------------
+
+
+def test_several_texts(cli, read):
+    """Catches texts that run into one another, names that are taken apart, and a list of names
+    that does not find its texts again."""
+    Path("sub.txt").mkdir()
+    for name, text in {"a + b.txt": "one", "e + f.txt": "", "c d.txt": "two" * 20}.items():
+        Path(name).write_text(text)
+    for name, text in {"b.md": "B" * 20, "a.txt": "a\r\n", "C.txt": "C", "d.csv": "no"}.items():
+        Path("sub.txt", name).write_text(text, newline="")
+    listed = ["a + b.txt", "e + f.txt", "c d.txt", "sub.txt", "-"]
+    text = f"one\n{'two' * 20}\nC\na\n{'B' * 20}\nstdin"
+    data = read("--data", *listed, stdin="stdin")
+    listed[4] = "standard input"
+    assert data == dict(names=listed, sha256=digest(text), characters=len(text))
+    with interrupt_at(1):
+        assert cli("train", "--data", *listed[:4], *SMALL, "--max-steps", 4).status == 130
+    assert cli("train").status == 0 and "over" in cli("eval").out
+    assert cli("train", *SMALL, "--data", "c d.txt", "no + c d.txt").is_error("no + c d.txt")
+    os.mkfifo("pipe")
+    Path("empty").mkdir()
+    for name, word in {"pipe": "pipe", "/dev/zero": "zero", "empty": "*.txt"}.items():
+        assert cli("train", "--data", name, *SMALL).is_error(word)
+    assert cli("train", *SMALL, "--data", "sherlok").is_error("sherlok", *anexagpt.BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    "name", ["\u200eChat.txt", "a\nb.txt", os.fsdecode(b"caf\xe9.txt"), "x[/y].txt"]
+)
+def test_names_that_are_odd(cli, name):
+    """Catches a name that is changed where it is stored, so that its run cannot be resumed, and
+    one that steers the terminal where it is shown."""
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(prose(300))
+    options = [*TINY, "--max-steps", 4]
+    with interrupt_at(2):
+        stopped = cli("train", "--data", name, *options)
+    results = stopped, cli("train", *options), cli("eval"), cli("info")
+    assert [result.status for result in results] == [130, 0, 0, 0], results
+    assert anexagpt.load("model.safetensors").metadata.data["names"] == [name]
+    assert not re.search("[\u200e\udce9]|a\nb", "".join(r.out + r.err for r in results))
+
+
+def test_what_decides_is_the_text(cli):
+    """Catches a run that is refused for another spelling of a name, and one that goes on with
+    another text under the same name."""
+    Path("t.txt").write_text(prose(300))
+    Path("copy.txt").write_text(prose(300))
+    for n, name in enumerate(["t.txt", "./t.txt", str(Path("t.txt").resolve()), "copy.txt"], 1):
+        with interrupt_at(1):
+            result = cli("train", "--data", name, *TINY, "--max-steps", 9)
+        assert result.status == 130 and f"step {n}" in result.err, result
+    Path("t.txt").write_text(prose(301))
+    assert cli("train", "--data", "t.txt", *TINY, "--max-steps", 9).is_error("t.txt", "--restart")
+    assert cli("train", *TINY, "--max-steps", 9).status == 0  # copy.txt is the run's
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/x", "//pc/x", "\\\\pc\\x", "/dev/zero", "-"])
+def test_a_file_cannot_send_the_program_somewhere(cli, tiny, name):
+    """Catches a stranger's model that makes the program ask an address, or read without end."""
+    path = craft(tiny, dict(data=entry(tiny, "data") | dict(names=[name])))
+    assert cli("eval", "--model", path).is_error(name)
+
+
+# ---- long texts ----------------------------------------------------------------------------------
+
+
+def test_long_text(cli, monkeypatch):
+    """Catches a run from a file of ids that differs from one from the memory, a file that stays in
+    data/, and of two processes one that fails."""
+    Path("x.txt").write_text(prose(400) + "".join(map(chr, range(0x4E00, 0x4F00))))  # 16-bit ids
+    options = ["--data", "x.txt", "--quiet", *TINY, "--max-steps", 4]
+    assert cli("train", *options).status == 0
+    expected = weights()
+    monkeypatch.setattr(anexagpt, "LONG_TEXT", 1)
+    monkeypatch.setattr(anexagpt, "PIECE", 1 << 10)
+    runs = [Fork("train", *options, "--out", f"{i}.safetensors") for i in range(2)]
+    assert [run.result().status for run in runs] == [0, 0]
+    assert weights(Path("0.safetensors")) == weights(Path("1.safetensors")) == expected
+    assert not any(name.startswith("data") for name in names())
+
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+
+def test_built_in_texts(read, server, monkeypatch, sherlock, shakespeare):
+    """Catches a copy that is not what was served, a license or line ends of Windows left in it, a
+    second run that asks again, a damaged copy that is trusted, and an --encoding that is not
+    meant for these texts."""
+    page = server.page("/1", Answer(sherlock)), server.page("/2", Answer(shakespeare))
+    mirrors(monkeypatch, "sherlock", page[0])
+    mirrors(monkeypatch, "shakespeare", page[1])
+    raw = sherlock.decode("utf-8").replace("\r\n", "\n")
+    start, end = raw.index("***", raw.index("*** START OF") + 3) + 3, raw.index("*** END OF")
+    text = raw[start:end].strip() + "\n"
+    Path("data").mkdir()
+    Path("data/sherlock.txt").write_bytes(sherlock[: len(sherlock) // 2])
+    for options in ([], ["--data", "sherlock", "--encoding", "utf-16"]):
+        data = read(*options)
+        assert data["names"] == ["sherlock"] and data["sha256"] in (digest(text), digest(text[:-1]))
+    assert Path("data/sherlock.txt").read_bytes() == sherlock
+    assert read("--data", "shakespeare")["sha256"] == hashlib.sha256(shakespeare).hexdigest()
+    assert server.asked == ["/1", "/2"]
+
+
+BROKEN = {
+    "error page": Answer(BOOK, 500),
+    "half of it": Answer(BOOK[: len(BOOK) // 2]),
+    "nothing": Answer(b""),
+    "cut off": Answer(BOOK, length=len(BOOK) + 1000),
+    "too long": Answer(BOOK + b"x" * 400_000),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_downloads(cli, read, server, monkeypatch, name):
+    """Catches an error page or half a book that becomes the text, a file of it that stays in
+    data/, and a search that ends at the first mirror."""
+    monkeypatch.setattr(anexagpt, "MAX_DOWNLOAD", 300_000)
+    bad = server.page("/x", BROKEN[name])
+    mirrors(monkeypatch, "sherlock", bad, bad)
+    line = failed(cli("train", "--data", "sherlock", *SMALL), "--data sherlock", "127.0.0.1")
+    assert line.isprintable() and len(line) < 600 and names() == set()
+    mirrors(monkeypatch, "sherlock", bad, server.page("/good", Answer(BOOK)))
+    assert read("--data", "sherlock")["sha256"] == digest(BOOK.decode().replace("\r\n", "\n"))
+    assert Path("data/sherlock.txt").read_bytes() == BOOK
+
+
+@pytest.mark.parametrize("how", ["resolver", "server"])
+def test_no_answer(cli, server, monkeypatch, how):
+    """Catches minutes of silence where a resolver or a server never answers: the first line comes
+    before, one budget holds for all mirrors, and then comes the loud fallback."""
+    closing = threading.Event()
+    mirrors(monkeypatch, "sherlock", *[server.page("/x", Answer(silent=True))] * 2)
+    if how == "resolver":
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: closing.wait(60))
+    monkeypatch.setattr(anexagpt, "CONNECT_SECONDS", 0.5)
+    started = time.monotonic()
+    result = cli("train", *SMALL)
+    closing.set()
+    assert time.monotonic() - started < 15 and result.status == 0
+    lines = result.err.splitlines()
+    assert "Downloading" in lines[0] and "127.0.0.1" in lines[0]
+    assert sum("NOTE" in line for line in lines) == 2 and "python-docs" in result.err
+    assert anexagpt.load("model.safetensors").metadata.data["names"] == ["python-docs"]
+
+
+def test_urls(read, cli, server, dead):
+    """Catches two addresses that share a copy, and a copy whose name leaves its folder."""
+    for i, page in enumerate(
+        ["/a/t.txt", "/b/t.txt", "/t.txt?x=../../y", "/..%2F..%2Fetc", "/" + "n" * 300]
+    ):
+        url = server.page(page, Answer(b"text %d\r\n" % i * 9))
+        for _ in range(2):
+            assert read("--data", url)["sha256"] == digest(f"text {i}\n" * 9)
+    copies = names() - {"model.safetensors"}
+    assert len(copies) == len(server.asked) == 5 and all(
+        re.fullmatch(r"data.[\w.-]+", n) for n in copies
+    )
+    for url in (dead + "/x", "http://[", "http://\udcff/", "http://a b/"):
+        assert "--data" in failed(cli("train", *SMALL, "--data", url))
+
+
+def test_two_writers(cli, server, monkeypatch):
+    """Catches a download that publishes, or removes, the half file of another process with the
+    same process id: in another container, on a shared folder."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    body = BOOK[:300]
+    url = server.page("/x.txt", Answer(body, drip=0.002))
+    runs = []
+    for i in range(3):
+        runs.append(Fork("train", "--data", url, *SMALL, "--out", f"{i}.safetensors"))
+        time.sleep(0.2)
+    assert [run.result().status for run in runs] == [0, 0, 0]
+    found = {anexagpt.load(f"{i}.safetensors").metadata.data["sha256"] for i in range(3)}
+    assert found == {digest(body.decode().replace("\r\n", "\n"))}
+    assert len([name for name in names() if name.startswith("data")]) == 1
