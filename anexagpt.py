@@ -284,7 +284,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer for the positions read so far: (L, 2, B, H, block_size, D)."""
+    """Keys and values of every layer for the cached positions: (L, 2, B, H, block_size, D)."""
 
     def __init__(self, model: GPT, batch_size: int):
         c = model.config
@@ -317,7 +317,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014): zeros at rate p, the other values scaled up."""
     if p == 0 or not training or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    # One random byte per value, so p is a multiple of 1/256: PyTorch's takes a tenth of a step.
+    # One random byte per value, so p is a multiple of 1/256: nn.Dropout takes a tenth of a step.
     n_dropped = round(256 * p)
     draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     mask = draws.view(torch.uint8)[: x.numel()].view_as(x) >= n_dropped
@@ -339,7 +339,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2's decoder under GPT-2's names; the token embedding wte is also the output head."""
+    """GPT-2 with GPT-2's parameter names; wte is tied to the output head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -539,19 +539,16 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
     """
     ctx, T, device = ctx or DistributedContext(), model.config.block_size, model.wte.weight.device
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
-    n = (len(ids) - 1) // T * T
-    x, y = ids[:n].reshape(-1, T), ids[1 : n + 1].reshape(-1, T)
-    batches = [(x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows)]
-    batches.append((ids[None, n:-1], ids[None, n + 1 :]))
+    ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
+    windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
     was_training, total, count = model.training, 0.0, 0
     model.eval()
-    for x, y in batches[ctx.rank :: ctx.world_size]:
-        if y.size:
-            x, y = (torch.from_numpy(a.astype("i8")).to(device) for a in (x, y))  # (rows, T)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = model(x)  # (rows, T, V)
-            total += float(cross_entropy(logits, y))
-            count += int((y != 0).sum())
+    for i in range(ctx.rank * rows, len(windows[0]), ctx.world_size * rows):
+        x, y = (torch.from_numpy(w[i : i + rows].astype("i8")).to(device) for w in windows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(x)  # (rows, T, V)
+        total += float(cross_entropy(logits, y))
+        count += int((y != 0).sum())
     model.train(was_training)
     total, count = ctx.all_reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
@@ -581,14 +578,11 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=device)  # of the steps since the last evaluation
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
-        lr, graph = torch.zeros((), device=device), device.type == "cuda"
-        betas = 0.9, 0.99
         self.muon = Muon(matrices, cfg, dtype)
-        self.adamw = torch.optim.AdamW(
-            others, lr, betas, weight_decay=0.0, fused=True, capturable=graph
-        )
+        lr, graph = torch.zeros((), device=device), dict(capturable=device.type == "cuda")
+        self.adamw = torch.optim.AdamW(others, lr, (0.9, 0.99), weight_decay=0, fused=True, **graph)
         if self.ctx.rank:
-            torch.manual_seed(cfg.seed + self.ctx.rank)  # each rank has a dropout of its own
+            torch.manual_seed(cfg.seed + self.ctx.rank)  # an independent dropout mask on each rank
 
     def evaluate(self, ids: np.ndarray) -> None:
         """Append both losses to the history, and snapshot the weights if they are the best.
@@ -598,8 +592,8 @@ class Trainer:
         n_steps = self.step - (self.history[-1][0] if self.history else 0)
         training = float(self.ctx.all_reduce(self.loss_sum.clone())) / max(1, n_steps)
         validation, _ = evaluate(self.model, ids, self.dtype, self.ctx)
-        uniform, ends = math.log(self.model.config.vocab_size), self.step == self.cfg.max_steps
-        if not math.isfinite(training + validation) or (ends and validation > 1.1 * uniform):
+        uniform, is_last = math.log(self.model.config.vocab_size), self.step == self.cfg.max_steps
+        if not math.isfinite(training + validation) or (is_last and validation > 1.1 * uniform):
             raise self.diverged(validation)
         self.loss_sum.zero_()
         if self.step:  # the first weights of --init have no training loss
@@ -624,7 +618,7 @@ class Trainer:
         return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the next step depends on, and the best weights.  raises: Diverged"""
+        """All tensors that the next step depends on, and the best weights.  raises: Diverged"""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.items()}
         tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
@@ -654,14 +648,10 @@ class Trainer:
                 self.best = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         for i, buffer in enumerate(self.muon.buffers):
             buffer.copy_(tensors[f"muon.{i}"].view_as(buffer))
-        optimizer = self.adamw.state_dict()
-        for i in optimizer["param_groups"][0]["params"]:
-            entries = ("step", "exp_avg", "exp_avg_sq")
-            optimizer["state"][i] = {name: tensors[f"adamw.{i}.{name}"] for name in entries}
-        self.adamw.load_state_dict(optimizer)
-        for weight, state in self.adamw.state.items():
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape:
-                raise ValueError("its optimizer state is that of another network")
+        for i, p in enumerate(self.adamw.param_groups[0]["params"]):
+            like = dict(step=p.new_zeros(()), exp_avg=p, exp_avg_sq=p)
+            state = {n: tensors[f"adamw.{i}.{n}"].to(x).view_as(x) for n, x in like.items()}
+            self.adamw.state[p] = state
         if self.ctx.rank:  # a checkpoint has the loss and the random state of rank 0 only
             torch.manual_seed(((self.cfg.seed + self.ctx.rank) * 1_000_003 + self.step) % 2**63)
             return
@@ -688,7 +678,7 @@ class CudaGraph:
                     self.fn()
                 self.graph = graph
             except RuntimeError as error:
-                log(f"NOTE: no CUDA graph ({str(error).splitlines()[0]}); slower without")
+                log(f"NOTE: no CUDA graph ({first_line(error)}); slower without")
         self.n_eager -= 1
         if self.graph:
             return self.graph.replay()
@@ -709,17 +699,17 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     train_ids, val_ids = split_ids(ids)
     val_ids = val_ids[: validation_size(cfg, T)]
     rows = np.array_split(np.arange(cfg.batch_size), ctx.world_size)[ctx.rank]  # of this rank
-    sharpness = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
+    scale_logits = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
     # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
     batch = torch.zeros(len(rows), T + 1, dtype=torch.long, device=t.device)
     n_targets, scale = torch.ones((), device=t.device), torch.ones((), device=t.device)
 
-    def step() -> None:
+    def train_step() -> None:
         model.zero_grad(set_to_none=True)
         for part in batch.chunk(cfg.grad_accum):
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.dtype == torch.bfloat16):
                 logits = model(part[:, :-1])  # (B / grad_accum, T, V)
-            loss = cross_entropy(sharpness * logits, part[:, 1:]) / n_targets
+            loss = cross_entropy(scale_logits * logits, part[:, 1:]) / n_targets
             loss.backward()
             t.loss_sum += loss.detach()
         ctx.all_reduce_gradients(model)
@@ -729,11 +719,8 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         t.muon.step(scale)
 
     use_graph = t.device.type == "cuda" and ctx.world_size == 1
-    run_step, last_save, save_seconds = (
-        CudaGraph(step) if use_graph else step,
-        time.monotonic(),
-        0.0,
-    )
+    run_step = CudaGraph(train_step) if use_graph else train_step
+    last_save, save_seconds = time.monotonic(), 0.0
     if t.step == 0 and cfg.init:
         t.evaluate(val_ids)  # so that a run never ends worse than it began
     model.train()
@@ -745,7 +732,7 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         run_step()
         t.step += 1
 
-        # The first evaluation comes early, to show that something is learnt.
+        # The first evaluation comes early, to show that the loss falls.
         if t.step % cfg.eval_interval == 0 or t.step in (50, cfg.max_steps):
             t.evaluate(val_ids)
             display.evaluation()
@@ -768,7 +755,10 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """How the next character is drawn. By default top-k, top-p and min-p are off."""
+    """How the next character is drawn. By default top-k, top-p and min-p are off.
+
+    A new setting is a field here, its code in process_logits, and a name in probs_view.
+    """
 
     temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
@@ -920,17 +910,21 @@ class Model:
     tokenizer: Tokenizer
     metadata: Metadata
 
+    def prompt_ids(self, text: str) -> np.ndarray:
+        """Ids (N,) of `text`, N > 0: an empty text stands for a line end, or else for id 1."""
+        return np.maximum(self.tokenizer.encode(text or "\n"), 1)
+
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
 
-        Text i of a seed is the same in whatever batch. Unknown characters of the prompt are
+        Text i depends only on (seed, i), not on the batch. Unknown characters of the prompt are
         normalized, an empty prompt becomes a line end, and the last characters that fit the
         context are read. A piece is withheld while it may be the beginning of a stop text.
         """
-        ids = self.tokenizer.encode(self.tokenizer.normalize_prompt(prompt)[0] or "\n")
+        ids = self.prompt_ids(self.tokenizer.normalize_prompt(prompt)[0])
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
         rngs = [np.random.default_rng((seed, i)) for i in texts]
-        tokens = generate_ids(self.network, np.maximum(ids, 1), cfg, rngs)
+        tokens = generate_ids(self.network, ids, cfg, rngs)
         held, done = [""] * len(rngs), [False] * len(rngs)
         for _ in range(cfg.max_new):
             pieces = [""] * len(rngs)
@@ -952,7 +946,9 @@ class Model:
 
     def stream(self, prompt: str = "", **sampling) -> Iterator[str]:
         """Pieces of a continuation as they are written; `sampling`: fields of SampleConfig."""
-        for (piece,) in self.stream_batch(prompt, SampleConfig(**sampling)):
+        stop = sampling.pop("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        for (piece,) in self.stream_batch(prompt, SampleConfig(stop=stop, **sampling)):
             yield piece
 
     def generate(self, prompt: str = "", **sampling) -> str:
@@ -965,8 +961,8 @@ class Model:
 
 
 # ==================================================================================================
-# Here ends a complete GPT: it trains, and it writes. What follows connects it to files, texts,
-# other processes, the terminal and other programs.
+# The complete GPT ends here: it trains, and it writes. Below it is connected to files, texts, other
+# processes, the terminal and other programs.
 # ==================================================================================================
 
 
@@ -980,7 +976,7 @@ LIMIT = 1e15  # no number in a header is larger
 
 
 def require(condition: bool, rule: str) -> None:
-    """Raise ValueError unless a claim of a file, which may be anybody's, is true."""
+    """Raise ValueError unless a claim of an untrusted file is true."""
     if not condition:
         raise ValueError(rule)
 
@@ -1047,6 +1043,7 @@ def text_names(names: list[str]) -> str:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """File that replaces `path` once it is complete and on the disk.  raises: OSError"""
+    path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         if path.exists() and not path.is_file():
@@ -1100,15 +1097,7 @@ class SavedFile(NamedTuple):
     replaces: str  # of a checkpoint: SHA-256 of the model that its run may replace
 
 
-BAD_FILE = (
-    LookupError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    UserError,
-    ValueError,
-    SafetensorError,
-)
+BAD_FILE = LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError
 
 
 def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
@@ -1293,7 +1282,9 @@ def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
     path = Path(name)
     if path.is_dir():
         files = [
-            f for f in sorted(path.glob("[!.]*")) if f.suffix in (".txt", ".md") and f.is_file()
+            f
+            for f in sorted(path.glob("[!.]*"))
+            if f.suffix.lower() in (".txt", ".md") and f.is_file()
         ]
         if not files:
             raise UserError(f"--data {name}: a folder without *.txt or *.md; choose another")
@@ -1312,7 +1303,8 @@ def strip_license(text: str) -> str:
         return text
     body = text[start.end() : ends[-1].start()].strip()
     lines = body.rsplit("\n", 1)  # older editions have a last line of their own
-    return (lines[0].rstrip() if lines[-1].startswith("End of") else body) + "\n"
+    is_footer = re.match("End of (the )?Project Gutenberg", lines[-1])
+    return (lines[0].rstrip() if is_footer else body) + "\n"
 
 
 def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
@@ -1381,22 +1373,26 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
         log(f"NOTE: Sherlock Holmes could not be downloaded ({error}).")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
+    names = ["standard input" if name == "-" else name for name in names or ["sherlock"]]
     seen, sha256, n = np.zeros(0x110000, bool), hashlib.sha256(), 0
     for piece in read_texts(sources):
         seen[code_points(piece)] = True
         sha256.update(piece.encode())
         n += len(piece)
+    if seen.sum() > 65_535:
+        raise UserError(f"--data {text_names(names)}: more than 65,535 characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, seen.nonzero()[0])))
     ids = np.empty(n if n < LONG_TEXT else 0, tokenizer.table.dtype)
     if n >= LONG_TEXT:
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=CACHE) as file:  # without a name; ends with the process
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+                os.posix_fallocate(file.fileno(), 0, n * ids.itemsize)
             ids = np.memmap(file, ids.dtype, "w+", shape=n)
     position = 0
     for piece in read_texts(sources):
         ids[position : position + len(piece)] = tokenizer.encode(piece)[: max(0, n - position)]
         position += len(piece)
-    names = ["standard input" if name == "-" else name for name in names or ["sherlock"]]
     if position != n:
         raise UserError(f"--data {text_names(names)}: changed while it was read; try again")
     return Corpus(names, sha256.hexdigest(), tokenizer, ids)
@@ -1481,9 +1477,13 @@ STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u20
 
 
 def escape_control(text: str) -> str:
-    """`text` with what steers a terminal spelt out: control and bidirectional characters."""
+    """`text` with control and bidirectional characters escaped, which could steer a terminal."""
     spelled = lambda match: match[0].encode("unicode_escape", "surrogatepass").decode()  # noqa: E731
     return re.sub(STEERING, spelled, text)
+
+
+def first_line(error: Exception) -> str:
+    return escape_control(str(error) or type(error).__name__).partition("\n")[0]
 
 
 def write_stdout(text: str) -> None:
@@ -1493,7 +1493,7 @@ def write_stdout(text: str) -> None:
 
 def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to the terminal; of several ranks only rank 0 prints."""
-    if os.environ.get("RANK", "0") == "0":
+    if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
         with drop_stderr_if_gone():
             console = Console(stderr=True, highlight=False)
             console.print(Text(escape_control(text)), soft_wrap=not console.is_terminal)
@@ -1501,7 +1501,7 @@ def log(text: str = "") -> None:
 
 @contextmanager
 def drop_stderr_if_gone() -> Iterator[None]:
-    """Send stderr nowhere once its reader or terminal has gone: no reason to lose a run."""
+    """Redirect stderr to /dev/null once its reader or terminal has gone, so that a run goes on."""
     try:
         yield
     except (OSError, SystemExit):  # rich exits at a broken pipe
@@ -1538,7 +1538,7 @@ class ProgressDisplay:
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}".removeprefix("0:")
         last, training, validation = t.history[-1] if t.history else (0, math.nan, math.nan)
         if t.step > last:
-            training = float(t.loss_sum) / (t.step - last)
+            training = float(t.loss_sum) * t.ctx.world_size / (t.step - last)  # about
         losses = f"{t.step:,}/{t.cfg.max_steps:,} train {training:.3f} val {validation:.3f}"
         speed *= t.cfg.batch_size * t.model.config.block_size
         return losses.replace("nan", "  -  "), speed, f"{speed:,.0f} char/s {left} left"
@@ -1670,18 +1670,14 @@ def underlined(cells: list[tuple[str, str, str]], width: int) -> Text:
     return lines
 
 
-def prompt_ids(model: Model, text: str) -> Tensor:
-    """Ids (N,) of `text`; an empty text stands for a line end."""
-    return torch.from_numpy(model.tokenizer.encode(text or "\n").astype("i8"))
-
-
 @torch.no_grad()
-def predictions(network: GPT, ids: Tensor, first: int) -> Tensor:
+def predictions(network: GPT, ids: np.ndarray, first: int) -> Tensor:
     """Logits (N + 1 - first, V) of the characters `first` > 0 to N of a text ids (N,).
 
     Each is predicted from the context that it has when `generate_ids` writes the text.
     """
     T, device, parts = network.config.block_size, network.wte.weight.device, []
+    ids = torch.from_numpy(ids.astype("i8"))
     while first <= len(ids):
         start = context_start(first, T)
         end = min(start + T, len(ids))  # of the characters with this context
@@ -1693,11 +1689,11 @@ def predictions(network: GPT, ids: Tensor, first: int) -> Tensor:
 
 def probs_view(console: Console, model: Model, text: str, cfg: SampleConfig) -> None:
     """Print the likeliest next characters in percent: the model's, then after each setting."""
-    ids = prompt_ids(model, text)
+    ids = model.prompt_ids(text)
     logits = predictions(model.network, ids, len(ids)).numpy()  # (1, V)
     columns, active = {"model": softmax(logits[0])}, SampleConfig(temperature=1.0)  # all off
     logits[:, 0] = -np.inf  # U+FFFD is never sampled
-    seen = np.isin(np.arange(logits.size), ids.numpy())[None]
+    seen = np.isin(np.arange(logits.size), ids)[None]
     for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
         if (value := getattr(cfg, name)) != getattr(active, name):
             active = replace(active, **{name: value})
@@ -1727,8 +1723,9 @@ def probs_view(console: Console, model: Model, text: str, cfg: SampleConfig) -> 
 
 def why_view(console: Console, model: Model, prompt: str, answer: str) -> None:
     """Print `answer` coloured by surprise, -log2 p of each character after `prompt`."""
-    before, ids = prompt_ids(model, prompt), prompt_ids(model, answer)
-    logits = predictions(model.network, torch.cat((before, ids)), len(before))[:-1]  # (N, V)
+    before, ids = model.prompt_ids(prompt), model.tokenizer.encode(answer)
+    logits = predictions(model.network, np.concatenate((before, ids)), len(before))[:-1]  # (N, V)
+    ids = torch.from_numpy(ids.astype("i8"))
     bits = logits.log_softmax(-1) / -math.log(2)
     surprise = bits.gather(1, ids[:, None])[:, 0]  # (N,)
     lines = Text("Digit = surprise in bits: n means a 1-in-2^n chance\n")
@@ -1769,8 +1766,8 @@ def attn_view(console: Console, model: Model, text: str, layer=None, head=None) 
     for name, number, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
         if number is not None and not 1 <= number <= last:
             raise UserError(f"--{name} {number:,}: must be from 1 to {last}")
-    layer, ids = layer or config.n_layer, prompt_ids(model, text)
-    ids = ids[context_start(len(ids), config.block_size) :]
+    layer, ids = layer or config.n_layer, model.prompt_ids(text)
+    ids = torch.from_numpy(ids[context_start(len(ids), config.block_size) :].astype("i8"))
     weights = attention_weights(model.network, ids, layer - 1)  # (H, T, T)
     weights = weights.mean(0) if head is None else weights[head - 1]  # (T, T)
     T, levels = len(ids), (0.05, 0.15, 0.30, 0.60)
@@ -1834,6 +1831,8 @@ class Chat:
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
             raise UserError(f"/{name}: unknown; /help lists the commands, // begins a text with /")
+        if self.commands[name].__doc__.startswith("FILE") and not argument.strip():
+            raise UserError(f"usage: /{name} FILE")
         self.commands[name](argument)
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
@@ -1922,14 +1921,14 @@ class Chat:
 
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
-        path = Path(file.strip()).expanduser()
+        path = Path(os.path.expanduser(file.strip()))
         if not path.is_file():  # a pipe would block
             raise UserError(f"/read {file}: no such file; check the spelling")
         self.answer("".join(read_text(path)).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
         """FILE: switch to another model. /regen gives it the last prompt."""
-        self.model = load(Path(file.strip()).expanduser(), self.model.network.wte.weight.device)
+        self.model = load(os.path.expanduser(file.strip()), self.model.network.wte.weight.device)
         log(f"{file}: {self.model.metadata}")
 
     def do_probs(self, text: str) -> None:
@@ -2028,11 +2027,16 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
     read = prompt_reader(chat)
     while not chat.done:
         try:
-            chat.respond(read())
-        except EOFError:
+            line = read()
+        except (EOFError, OSError):  # the end of the input, or no terminal any more
             return
         except KeyboardInterrupt:
             log("(quit or Ctrl-D leaves)")
+            continue
+        try:
+            chat.respond(line)
+        except KeyboardInterrupt:
+            log("(stopped)")
         except UserError as error:
             log(f"({str(error).removeprefix('--')})")
         except BrokenPipeError:
@@ -2044,7 +2048,7 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
 # ---- export --------------------------------------------------------------------------------------
 # The same model for Hugging Face transformers, llama.cpp and the Hub.
 
-RIGHTS = dict.fromkeys(SOURCES, "public domain") | {FALLBACK: "Python's"}
+RIGHTS = {"sherlock": "public domain", "shakespeare": "public domain", FALLBACK: "Python's"}
 
 
 def optional(module: str):
@@ -2095,8 +2099,8 @@ print(write("{prompt}", max_length={block_size})[0]["generated_text"])
 
 With Anexa, at any length: `python anexagpt.py chat model.safetensors`
 
-Validation loss: {loss:.4f} nats/char, {bits:.4f} bits/char, on the last 10% of the text (these are
-the weights with the lowest). Training: {training}. Network: {network}.
+Validation loss: {loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text, which was not
+trained on (these are the weights with the lowest). Training: {training}. Network: {network}.
 
 {chart}
 
@@ -2180,7 +2184,7 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write `files` into `folder`; config.json last, without which nobody loads a folder."""
+    """Write `files` into `folder`; config.json last, which loaders look for first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     for name in sorted(files, key="config.json".__eq__):
@@ -2384,7 +2388,7 @@ def load_from_args(args: argparse.Namespace, one_text: bool = True) -> tuple[Mod
     model = load(args.model)
     small = model.network.config.n_parameters() < 4_000_000
     if one_text and small and getattr(args, "device", "auto") in ("auto", "cpu"):
-        torch.set_num_threads(1)  # a second is no faster here, and on a busy machine waits long
+        torch.set_num_threads(1)  # a second thread is no faster for one token, and slow under load
     else:
         model.network.to(device)
     if model.metadata.step < model.metadata.training.get("max_steps", 0):
@@ -2430,7 +2434,7 @@ def remove_finished(out: Path, checkpoint: Path) -> None:
         facts = [(m.config, m.data, m.training, m.history[: len(saved.metadata.history)])
                  for m in (model.metadata, saved.metadata)]  # fmt: skip
         if saved.is_checkpoint and facts[0] == facts[1]:
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)
 
 
 def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | None:
@@ -2450,7 +2454,7 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
         if not saved.is_checkpoint:
             raise UserError(f"{checkpoint}: is a model, not a checkpoint; {fix}")
     if args.restart:
-        if saved and sys.stdin.isatty() and sys.stderr.isatty():
+        if saved and sys.stdin.isatty() and "WORLD_SIZE" not in os.environ:
             question = f"{checkpoint}: discard this run at step {saved.metadata.step:,}? [y/N] "
             print(question, end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -2468,14 +2472,12 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
 
 
 def saved_names(metadata: Metadata) -> list[str]:
-    """Names of the texts in a file's metadata, which may be anybody's.  raises: UserError"""
+    """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data["names"]:
         remote = re.match(r"https?://|[\\/]{2}", name, re.IGNORECASE)  # \\PC\FILE is a network path
         known = name in BUILT_IN or (remote and cache_path(name).is_file())
         if not known and (remote or not (os.path.isfile(name) or os.path.isdir(name))):
-            raise UserError(
-                f"--data: its text {text_names([name])} is not here; name it with --data"
-            )
+            raise UserError(f"its text {text_names([name])} is not here; name it with --data")
     return metadata.data["names"]
 
 
@@ -2494,8 +2496,6 @@ def check_corpus(corpus: Corpus, block_size: int) -> None:
     if n < needed:
         fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
         raise UserError(f"--data {name}: {n:,} characters, but {fix}")
-    if len(corpus.tokenizer) > 65_536:
-        raise UserError(f"--data {name}: more than 65,535 different characters; is it text?")
     if not all(part.any() for part in split_ids(corpus.ids)):
         fix = "save it again, or give its real --encoding"
         raise UserError(f"--data {name}: U+FFFD, the mark of broken characters, all over; {fix}")
@@ -2531,9 +2531,8 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
         raise UserError(f"--data {text_names(corpus.names)}: not the text of the run; {fix}")
     cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
     if cfg.batch_size < ctx.world_size:
-        raise UserError(
-            f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size}, the ranks"
-        )
+        rule = f"must be at least {ctx.world_size}, the number of ranks"
+        raise UserError(f"--batch-size {cfg.batch_size}: {rule}")
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
@@ -2545,8 +2544,8 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
         if saved:
             trainer.load_state_dict(saved.tensors, saved.metadata)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = escape_control(str(error)).splitlines()[0]
-        raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
+        fix = f"cannot be resumed ({first_line(error)}); use --restart"
+        raise UserError(f"{checkpoint}: {fix}") from None
     return trainer, corpus, saved.replaces if saved else file_sha256(args.out)
 
 
@@ -2585,7 +2584,7 @@ def cmd_train(args: argparse.Namespace) -> None:
 
 
 def log_run(t: Trainer, corpus: Corpus) -> None:
-    """Say what is trained on what, and how."""
+    """Log text, network, device and schedule."""
     if len(corpus.ids) < 100_000:
         log(f"NOTE: {len(corpus.ids):,} characters are few: expect scraps of words, not sentences.")
     cfg, T, (train_ids, val_ids) = t.cfg, t.model.config.block_size, split_ids(corpus.ids)
@@ -2626,12 +2625,16 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: s
             try:
                 (save_or_rescue if stop else save_tensors)(checkpoint, tensors, header)
             except OSError as error:
+                if stop:
+                    raise
                 log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
 
     if t.step:
         log(f"Resuming {checkpoint} at step {t.step:,}.")
     elif t.ctx.rank == 0:
-        checkpoint.unlink(missing_ok=True)  # should this run die early, the old must not return
+        checkpoint.unlink(
+            missing_ok=True
+        )  # else a crash before the first save would bring back the old run
     if not args.quiet:
         log_run(t, corpus)
     reuse_freed_memory()
@@ -2773,7 +2776,7 @@ def cmd_info(args: argparse.Namespace) -> None:
         "training": listed(m.training),
     }
     for name, text in rows.items():
-        print(f"{name:<12}{escape_control(text)}")
+        print(f"{name:<12}{text_names([text])}")
     print(loss_chart(m.history))
 
 
@@ -2788,6 +2791,8 @@ def cmd_export(args: argparse.Namespace) -> None:
     ]
     if taken and not args.force:
         raise UserError(f"{taken[0]}: exists; choose another name, or add --force")
+    if folder and folder.resolve() == args.model.resolve().parent:
+        raise UserError(f"{folder}: has the model itself; choose another folder")
     model = load(args.model)
     if folder:
         files = hub_files(model, folder.resolve().name, args.license)
@@ -2823,8 +2828,7 @@ def cmd_push(args: argparse.Namespace) -> None:
         print(f"{hub.constants.ENDPOINT}/{name}")
     except (hub.errors.HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        message = getattr(error, "server_message", None) or str(error) or type(error).__name__
-        reason = escape_control(message).splitlines()[0]
+        reason = first_line(getattr(error, "server_message", None) or error)
         if status:
             reason = reasons.get(status, f"the Hub answered {status}: {reason}; try again later")
         elif isinstance(error, hub.errors.HTTPError):
@@ -2857,7 +2861,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         log(f"anexagpt.py: {error}")
         return 2
-    except BrokenPipeError:  # our reader has gone, as head does
+    except BrokenPipeError:  # stdout was closed, for example by head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

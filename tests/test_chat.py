@@ -325,8 +325,8 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/xyzzy": "/help", "/": "/help", "/respond x": "unknown", "/__init__ x": "unknown",
         "/attn 1 2 3": "/attn [LAYER] [HEAD]", "/attn x": "usage", "/regen": "no answer yet",
         "/more": "no answer yet", "/why": "no answer yet", "/probs": "no answer yet",
-        "/tokens": "no answer yet", "/attn": "no answer yet", "/read": "no such file",
-        "/read /": "no such file", "/model": "regular", "/model no.safetensors": "no such file",
+        "/tokens": "no answer yet", "/attn": "no answer yet", "/read": "usage: /read FILE",
+        "/read /": "no such file", "/model": "usage", "/model no.safetensors": "no such file",
         "/help sett": "unknown", "/read model.safetensors": "not ",
     }  # fmt: skip
     out, err = chat(cli, *lines)

@@ -206,7 +206,9 @@ def test_it_learns(cli, tmp_path, dtype):
     assert load("model.safetensors").generate("cde", temperature=0, max_new=8) == "fghijkab"
 
 
-@pytest.mark.parametrize("steps, rate", [(1, 0.0), (70, 0.0), (100, 0.05), (800, 0.15), (2_000, 0.2)])
+@pytest.mark.parametrize(
+    "steps, rate", [(1, 0.0), (70, 0.0), (100, 0.05), (800, 0.15), (2_000, 0.2)]
+)
 def test_default_dropout(cli, text, steps, rate):
     """Catches a text repeated many times without dropout, and a run of one step that fails."""
     with interrupt_at(2):
