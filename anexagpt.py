@@ -2501,6 +2501,20 @@ def check_corpus(corpus: Corpus, block_size: int) -> None:
         raise UserError(f"--data {name}: U+FFFD, the mark of broken characters, all over; {fix}")
 
 
+def check_memory(config: GPTConfig, cfg: TrainConfig, device: torch.device) -> None:
+    """Raise UserError if attention alone exceeds the memory: the kernel would kill silently."""
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        rows = math.ceil(cfg.batch_size / cfg.grad_accum)
+        needed = (
+            22 * rows * config.n_layer * config.n_head * config.block_size**2
+        )  # bytes, measured
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            sizes = f"attention needs {needed / 1e9:,.0f} GB, and there are {memory / 1e9:,.0f}"
+            fix = "take a smaller one, or a larger --grad-accum"
+            raise UserError(f"--block-size {config.block_size:,}: {sizes}; {fix}")
+
+
 def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Corpus, str]:
     """Trainer and text of a new or of the unfinished run, and SHA-256 of the model it replaces.
 
@@ -2533,6 +2547,7 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     if cfg.batch_size < ctx.world_size:
         rule = f"must be at least {ctx.world_size}, the number of ranks"
         raise UserError(f"--batch-size {cfg.batch_size}: {rule}")
+    check_memory(config, cfg, device)
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)

@@ -14,7 +14,6 @@ import torch
 from rich.cells import cell_len
 from test_terminal import Terminal, random_model
 
-import anexagpt
 
 CHARACTERS = "\n !'./abcdefghijklmnopqrstuvwxyz"
 OPENING = ["", "--- Interactive Generation ---", "Enter a prompt to continue (or 'quit' to exit)"]
@@ -148,21 +147,6 @@ def test_why(model, cli, monkeypatch, columns):
         assert line.startswith(f"{text[i]!r} {own[i]:.1f} bits") and likeliest in line
 
 
-def test_why_has_the_colours_of_the_surprise(tiny):
-    """Catches colours that are not those of the surprise: from 2, 4 and 6 bits."""
-    text, model, style = "the cat saw Holmes, rrWWd", anexagpt.load(tiny), "0"
-    child = Terminal("explain", text, "--view", "why", "--model", tiny, columns=100)
-    assert child.end() == 0
-    line, styles, colours = child.before.split("chance\r\n")[1].split("\r\n")[0], [], {}
-    for code, c in re.findall(r"\x1b\[([\d;]*)m|([^\x1b])", line):
-        style = style if c else code
-        styles += [style] * len(c)
-    for bits, c, style in zip(surprises(model, text), text, styles, strict=True):
-        b = bits[model.tokenizer.characters.index(c)]
-        colours.setdefault(sum(bool(b >= n) for n in (2, 4, 6)), set()).add(style)
-    assert len(colours) == 4 == len(set.union(*colours.values())), colours
-
-
 @pytest.mark.parametrize("columns", [80, 40])
 @pytest.mark.parametrize("layer, head", [(None, None), (1, None), (1, 1), (2, 2)])
 def test_attn(model, cli, monkeypatch, layer, head, columns):
@@ -226,7 +210,7 @@ def chat(cli, *lines, options=()):
 
 def test_session_to_the_letter(model, cli):
     """Catches anything but generated text on stdout, a message that goes to the model, a context
-    that is carried from one prompt to the next (issue 16, number 8), and other lines than ours."""
+    that is carried from one prompt to the next, and other lines than ours."""
     lines = 'the|/hlep|/set temperature 101|"""a|b"""|/more|//x|"""open|end'.split("|")  # noqa: SIM905
     out, err = chat(cli, *lines, options=["--seed", 3])
     prompts = ["the", "a\nb", "/x", "open\nend"]
@@ -289,7 +273,7 @@ def test_an_answer_can_be_repeated_and_continued(model, cli):
 
 
 def test_prompt_longer_than_the_context(model, cli):
-    """Catches a long prompt that is echoed whole, or silently cut (issue 16, number 8)."""
+    """Catches a long prompt that is echoed whole, or silently cut."""
     prompt = "".join(CHARACTERS[6 + i * i % 26] for i in range(100))
     out, err = chat(cli, prompt, options=["--seed", 1])
     read = context(model, prompt)
@@ -303,7 +287,7 @@ def test_prompt_longer_than_the_context(model, cli):
 
 def test_what_is_read(model, cli):
     """Catches a prompt that loses spaces, slashes or lines, an empty one that is answered, and
-    70,000 unknown characters that make a notice of 379 kB (issue 16, number 32)."""
+    70,000 unknown characters that make a notice of 379 kB."""
     cases = {
         "//etc": "/etc", "///": "//", " the ": " the ", '"""/help"""': "/help", "quit.": "quit.",
         '"""quit"""': "quit", '"""\na\n\nb\n"""': "a\n\nb", '"""a\n"""  ': "a", '""""""': "",

@@ -34,7 +34,7 @@ def model(tiny, cli) -> Path:
 
 def test_first_and_second_run(tmp_path):
     """Catches one of the four lines changed, text on the wrong stream, files left over, a prompt
-    that does not mention /help (issue 16, number 3), and a second run that trains."""
+    that does not mention /help, and a second run that trains."""
     (tmp_path / "diary.txt").write_text(prose(500))
     options = dict(cwd=tmp_path, program=Path(shutil.copy(ROOT / "anexagpt.py", tmp_path)))
     first = start("diary.txt", *QUICK, stdin="the\nquit\n", **options)
@@ -56,7 +56,7 @@ def test_first_and_second_run(tmp_path):
 
 def test_help_and_ctrl_c_before_pytorch(program, tmp_path):
     """Catches help that waits for PyTorch, and Ctrl-C during the imports that prints a traceback
-    (issue 16, number 15) or ends with another status than 130."""
+    or ends with another status than 130."""
     (tmp_path / "torch.py").write_text("open('imported', 'w')\nimport time\ntime.sleep(60)\n")
     environment = os.environ | dict(PYTHONPATH=str(tmp_path))
     result = program("--help", env=environment)
@@ -86,7 +86,7 @@ def test_wrong_installation(program, tmp_path, version):
 
 
 def test_old_python():
-    """Catches a SyntaxError or a traceback on Python 3.8 and 3.9 (issue 16, number 2)."""
+    """Catches a SyntaxError or a traceback on Python 3.8 and 3.9."""
     source = (ROOT / "anexagpt.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 8))
     code = f"import sys; sys.version_info = (3, 9, 1); exec(compile({source!r}, 'a', 'exec'))"
@@ -177,7 +177,7 @@ def test_every_sampling_option(model, cli):
 
 def test_samples(model, cli):
     """Catches texts that are equal or run into one another, a batch that changes them, and a first
-    text that is not the one of the same seed without -k (issue 16, number 18)."""
+    text that is not the one of the same seed without -k."""
     options, line = ["--seed", 1, "--temperature", 1, "-n", 25], "\n" + "-" * 40 + "\n"
     texts = cli("generate", "the ", "-k", 66, *options).out.split(line)
     assert len(texts) == 67 == len(set(texts)) and {len(t) for t in texts} == {29, 0}
@@ -205,7 +205,7 @@ def test_eval(model, cli):
 
 def test_plain_names(model, cli):
     """Catches a file name without an option that is refused or goes to the wrong place, in any
-    order with options (issue 16, number 5), and a list of names that is joined (issue 15)."""
+    order with options, and a list of names that is joined."""
     os.rename("prose.txt", "diary.txt")
     os.rename("model.safetensors", "bard.safetensors")
     Path("letters").mkdir()
@@ -313,3 +313,10 @@ def test_broken_files_environments_and_packages(model, cli, monkeypatch):
     model.write_bytes(model.read_bytes()[:-100])
     for command in (["chat"], [], ["generate", "x"], ["info"], ["export", "hf"]):
         assert cli(*command).is_error("model.safetensors", "not a complete model")
+
+
+def test_more_memory_than_there_is(cli, tmp_path):
+    """Catches a run that the kernel kills without a word."""
+    (tmp_path / "t.txt").write_text("the cat saw a dog. " * 3_000)
+    options = ["--block-size", 4096, "--batch-size", 100_000, "--device", "cpu", "--quiet"]
+    assert cli("train", "t.txt", *options).is_error("--block-size 4,096", "GB", "--grad-accum")

@@ -121,8 +121,8 @@ def same_output(told: str, found: str, roughly: bool) -> bool:
 
 
 def test_new_architecture_as_it_is_pasted(monkeypatch):
-    """Catches a block that fails in Python's prompt, as one whose loop has no empty line after it
-    (issue 16, number 19), or that prints something else than the page says."""
+    """Catches a block that fails in Python's prompt, as one whose loop has no empty line after it,
+    or that prints something else than the page says."""
     monkeypatch.chdir(ROOT)
     blocks = [*FENCE.findall(TEXTS[ROOT / "docs" / "new_architecture.md"]), ("", "", "")]
     console, ran, wrong = code.InteractiveConsole({"__name__": "__main__"}), 0, []
@@ -161,7 +161,7 @@ def test_reading_follows_the_program():
 
 def test_readme_start_and_examples():
     """Catches a Start without Python's version and a virtual environment before what one copies,
-    examples with files that nobody has (issue 16, numbers 2 and 10), and a README and chat.md that
+    examples with files that nobody has, and a README and chat.md that
     do not say that each prompt is answered afresh (number 8)."""
     readme, chat = TEXTS[ROOT / "README.md"], TEXTS[ROOT / "docs" / "chat.md"]
     start = readme.partition("## Start")[2]

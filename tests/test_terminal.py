@@ -248,7 +248,7 @@ def test_progress_off_a_terminal(cli, tmp_path):
 
 
 def test_one_is_singular(tiny, cli):
-    """Catches "1 heads", "1 characters", "1 steps" (issue 16, number 4)."""
+    """Catches "1 heads", "1 characters", "1 steps"."""
     random_model(tiny, "model.safetensors", "abc\n", n_head=1, n_layer=1)
     Path("t.txt").write_text("abc\n" * 100 + "z")
     Path("prose.txt").write_text(prose(100))
