@@ -14,7 +14,6 @@ import torch
 from rich.cells import cell_len
 from test_terminal import Terminal, random_model
 
-
 CHARACTERS = "\n !'./abcdefghijklmnopqrstuvwxyz"
 OPENING = ["", "--- Interactive Generation ---", "Enter a prompt to continue (or 'quit' to exit)"]
 
