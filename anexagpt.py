@@ -846,7 +846,7 @@ class NumpyGPT:
     """
 
     def __init__(self, model: GPT, cache: KVCache):
-        arrays = lambda module: [p.detach().numpy() for p in module.parameters()]  # noqa: E731
+        arrays = lambda module: [p.detach().numpy() for p in module.parameters()]
         (self.wte,), (self.wpe,), self.ln_f = map(arrays, (model.wte, model.wpe, model.ln_f))
         self.h = [list(map(arrays, (b.ln_1, b.attn, b.ln_2, b.mlp))) for b in model.h]
         self.cache, self.kv = cache, cache.kv[:, :, 0].numpy()  # (L, 2, H, block_size, D)
@@ -1478,7 +1478,7 @@ STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u20
 
 def escape_control(text: str) -> str:
     """`text` with control and bidirectional characters escaped, which could steer a terminal."""
-    spelled = lambda match: match[0].encode("unicode_escape", "surrogatepass").decode()  # noqa: E731
+    spelled = lambda match: match[0].encode("unicode_escape", "surrogatepass").decode()
     return re.sub(STEERING, spelled, text)
 
 
@@ -2115,8 +2115,8 @@ def model_card(model: Model, title: str, license: str) -> str:
     known = names[0] if len(names) == 1 and names[0] in RIGHTS else None
     sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
     prompt = (re.findall(r"\w+", sample) or [""])[0]
-    listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))  # noqa: E731
-    indented = lambda text: textwrap.indent(text, "    ", lambda line: True)  # noqa: E731
+    listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
+    indented = lambda text: textwrap.indent(text, "    ", lambda line: True)
     result = ("text-generation", "text", text_names(names))
     front = hub.ModelCardData(
         model_name=title, license=license, language="en" if known else None,
@@ -2249,7 +2249,7 @@ class DeviceConfig(Config):
 
 FILE = dict(type=Path, metavar="FILE")
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
-ARGUMENTS = (  # commands, option, what argparse is told; settings have options by themselves
+ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
     ("generate", "prompt", dict(help="text to continue")),
     ("explain", "prompt", dict(help="text to show")),
     ("push", "name", dict(metavar="USER/NAME", help="name of the model on the Hub")),
@@ -2330,7 +2330,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if command == "run" and argv[:1] and argv[0].endswith((".safetensors", CHECKPOINT_SUFFIX)):
         command = "chat"
     width = min(100, shutil.get_terminal_size().columns - 2)
-    style = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=width)  # noqa: E731
+    style = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=width)
     about = re.search(rf"^  {command} +(.*)", __doc__, re.MULTILINE)[1]
     program = f"anexagpt.py {command}"
     parser = Parser(program, description=about, allow_abbrev=False, formatter_class=style)
@@ -2780,7 +2780,7 @@ def cmd_info(args: argparse.Namespace) -> None:
     m, _, is_checkpoint, _ = read_file(args.model)
     if args.json:
         return print(json.dumps(asdict(m)))
-    listed = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v is not None)  # noqa: E731
+    listed = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v is not None)
     config, data, path = GPTConfig(**m.config), m.data, args.model
     rows = {
         "checkpoint" if is_checkpoint else "model": f"{path}, {m}",
