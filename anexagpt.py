@@ -760,7 +760,7 @@ class SampleConfig(Config):
     A new setting is a field here, its code in process_logits, and a name in probs_view.
     """
 
-    temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
+    temperature: float = option(0.7, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
     top_p: float = option(1.0, "draw from the likeliest that add up to this; 1 is off", 0, 1)
     min_p: float = option(0.0, "exclude what is below this share of the likeliest; 0 is off", 0, 1)
@@ -2150,7 +2150,12 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     vocab = {c: i for i, c in enumerate(characters)}
     # Only length ends a text. An empty prompt stands for a line end, as here.
     special_ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
-    sampling = dict(do_sample=True, temperature=0.8, top_k=0, max_length=config.block_size)
+    sampling = dict(
+        do_sample=True,
+        temperature=SampleConfig().temperature,
+        top_k=0,
+        max_length=config.block_size,
+    )
     special = dict(id=0, content=UNKNOWN, special=True)
     special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     bpe = dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN)  # no merges: characters

@@ -562,7 +562,7 @@ def parse_args(argv):
     option("--max-steps", type=int, default=4_000, help="optimizer steps")
     option("--learning-rate", type=float, default=0.008, help="at the first step")
     option("--seed", type=int, default=1337, help="of the initial weights and the batches")
-    option("--temperature", type=float, default=0.8, help="of sampling; 0 takes the argmax")
+    option("--temperature", type=float, default=0.7, help="of sampling; 0 takes the argmax")
     option("--max-new", type=int, default=300, help="characters per response")
     args = parser.parse_args(argv)
     if args.max_steps < 1 or args.max_new < 0 or not args.temperature >= 0:

@@ -326,7 +326,7 @@ def test_controls_and_stop(page, tiny):
     page.fill("#text", "the dog ")
     settled(page)
     columns = page.locator("#view thead th")
-    assert columns.all_inner_texts() == ["next", "model", "temperature 0.8"]
+    assert columns.all_inner_texts() == ["next", "model", "temperature 0.7"]
     page.fill("#set-top_k", "2")
     page.fill("#set-temperature", "1")
     settled(page)

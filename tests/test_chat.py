@@ -230,7 +230,7 @@ def test_set(model, cli):
         "temperature 0.5": "temperature 0.5", "top-k 5": "top-k 5", "top_k 7": "7",
         "top-p .9": "top-p 0.9", "min-p 1": "min-p 1", "max-new 7000": "max-new 7,000",
         "seed 3": "seed 3", "stop the end": "'the end'", "stop \\n\\n": r"'the end' '\n\n'",
-        "stop": "stop none", "seed": "seed random", "temperature": "temperature 0.8",
+        "stop": "stop none", "seed": "seed random", "temperature": "temperature 0.7",
         "top-k 2.5": "whole number from 0 to 1,114,112", "temperature nan": "from 0 to 100",
         "temperature hot": "number from 0 to 100", "top-p -1": "from 0 to 1", "min-p 2": "0 to 1",
         "repetition-penalty 0": "from 0.01 to 100", "max-new -1": "from 0 to 1,000,000,000,000",
@@ -241,7 +241,7 @@ def test_set(model, cli):
     for (case, expected), message in zip(cases.items(), messages, strict=False):
         assert expected in message, (case, message)
     shown = " ".join(messages[len(cases)].split())
-    for words in ("temperature 0.8", "top-k 7", "top-p 0.9", "max-new 7,000", "stop none"):
+    for words in ("temperature 0.7", "top-k 7", "top-p 0.9", "max-new 7,000", "stop none"):
         assert words in shown
     assert out == "" and "last answer" not in shown
 

@@ -96,4 +96,4 @@ def test_every_option_reaches_the_model_file(cli, tmp_path):
     expected = dict(learning_rate=0.006, muon_learning_rate=0.02, weight_decay=0.1, grad_accum=1)
     expected |= dict(warmup_steps=50, eval_interval=250, checkpoint_interval=60.0, seed=1337)
     assert asdict(TrainConfig()) == expected | dict(max_steps=5_000, batch_size=None, init=None)
-    assert SampleConfig() == SampleConfig(0.8, 0, 1.0, 0.0, 1.0, 300, (), None)
+    assert SampleConfig() == SampleConfig(0.7, 0, 1.0, 0.0, 1.0, 300, (), None)

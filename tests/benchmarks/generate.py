@@ -24,7 +24,7 @@ import anexagpt
 
 def anexa(model):
     def run(batch: int, n: int) -> None:
-        cfg = anexagpt.SampleConfig(max_new=n, seed=1)
+        cfg = anexagpt.SampleConfig(temperature=0.8, max_new=n, seed=1)
         pieces = model.stream_batch("", cfg, range(batch))
         assert sum(len(piece) for row in pieces for piece in row) == batch * n
 
