@@ -63,14 +63,12 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import secrets
 import shutil
 import signal
 import tempfile
 import textwrap
-import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -581,6 +579,9 @@ class Trainer:
         self.muon = Muon(matrices, cfg, dtype)
         lr, graph = torch.zeros((), device=device), dict(capturable=device.type == "cuda")
         self.adamw = torch.optim.AdamW(others, lr, (0.9, 0.99), weight_decay=0, fused=True, **graph)
+        for p in others:  # AdamW would do it at its first step; a checkpoint is loaded before
+            zeros = dict(step=p.new_zeros(()), exp_avg=p.new_zeros(p.shape))
+            self.adamw.state[p] = zeros | dict(exp_avg_sq=p.new_zeros(p.shape))
         if self.ctx.rank:
             torch.manual_seed(cfg.seed + self.ctx.rank)  # an independent dropout mask on each rank
 
@@ -617,15 +618,19 @@ class Trainer:
         later = self.history[best + 1 :]
         return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, and the best weights.  raises: Diverged"""
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name, that the next step depends on, and the best weights."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.items()}
         tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
-        for i, state in self.adamw.state_dict()["state"].items():
+        for i, state in enumerate(self.adamw.state.values()):
             tensors |= {f"adamw.{i}.{name}": value for name, value in state.items()}
+        return tensors | dict(loss_sum=self.loss_sum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint.  raises: Diverged"""
+        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
         tensors["loss_sum"] = self.ctx.all_reduce(self.loss_sum.clone())
-        tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
@@ -640,22 +645,15 @@ class Trainer:
         if "loss_sum" not in tensors:
             raise ValueError("it has diverged: only its best weights are left")
         self.step, self.history = metadata.step, metadata.history
-        for prefix in ("best", "model") if metadata.validation_loss is not None else ("model",):
-            names = [name for name, _ in self.model.named_parameters()]
-            self.model.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in names})
-            if prefix == "best":
-                self.best_loss = metadata.validation_loss
-                self.best = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        for i, buffer in enumerate(self.muon.buffers):
-            buffer.copy_(tensors[f"muon.{i}"].view_as(buffer))
-        for i, p in enumerate(self.adamw.param_groups[0]["params"]):
-            like = dict(step=p.new_zeros(()), exp_avg=p, exp_avg_sq=p)
-            state = {n: tensors[f"adamw.{i}.{n}"].to(x).view_as(x) for n, x in like.items()}
-            self.adamw.state[p] = state
+        if metadata.validation_loss is not None:
+            self.best_loss = metadata.validation_loss
+            self.best = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name].view_as(tensor))
         if self.ctx.rank:  # a checkpoint has the loss and the random state of rank 0 only
+            self.loss_sum.zero_()
             torch.manual_seed(((self.cfg.seed + self.ctx.rank) * 1_000_003 + self.step) % 2**63)
             return
-        self.loss_sum.copy_(tensors["loss_sum"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -1120,10 +1118,8 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
         return SavedFile(metadata, tensors, is_checkpoint, header.get("replaces", ""))
     except FileNotFoundError:
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
-        fix = f"Train it, or finish its training, with: python anexagpt.py train --out {out}"
-        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
-        fix += f", or use its checkpoint: {unfinished}" if unfinished.is_file() else ""
-        raise UserError(f"{path}: no such file. {fix}") from None
+        fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
+        raise UserError(f"{path}: no such file; {fix}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except BAD_FILE as error:
@@ -1163,68 +1159,39 @@ def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
 # Names, files, folders and URLs become one text, in pieces: it may be larger than the memory.
 
 
-class Source(NamedTuple):
-    """A built-in text."""
-
-    mirrors: tuple[str, ...]
-    ending: str  # words near its end: neither an error page nor half a file has them
-
-
 GITHUB = "https://raw.githubusercontent.com"
-SOURCES = {
-    "sherlock": Source((
+SOURCES = {  # built-in texts and their mirrors
+    "sherlock": [
         "https://www.gutenberg.org/cache/epub/1661/pg1661.txt",
         "https://www.gutenberg.org/files/1661/1661-0.txt",
         f"{GITHUB}/jsvine/markovify/master/test/texts/sherlock.txt",
-    ), "I believe that she has met with considerable success"),
-    "shakespeare": Source((
+    ],
+    "shakespeare": [
         f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
-    ), "Whiles thou art waking."),
-}  # fmt: skip
+    ],
+}
+ENDINGS = {  # words near the end of a built-in text: neither an error page nor half a file has them
+    "sherlock": "I believe that she has met with considerable success",
+    "shakespeare": "Whiles thou art waking.",
+}
 FALLBACK = "python-docs"  # the language reference in every Python: 465,000 characters, no network
 BUILT_IN = (*SOURCES, FALLBACK)
 CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
 LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
-CONNECT_SECONDS = 20.0  # for all mirrors together, until the first byte
+TIMEOUT = 10, 15  # seconds to connect, and until the next byte
 
 
-class DownloadError(Exception):
-    """Why a URL gave no text."""
-
-
-def connect(url: str, seconds: float) -> requests.Response:
-    """The response to GET `url`.  raises: DownloadError, after `seconds` at the latest
-
-    The thread is there for name resolution, which no timeout of a socket ends.
-    """
-    answers: queue.Queue = queue.Queue()
-
-    def get():
-        headers = {"Accept-Encoding": "identity"}
-        try:
-            answers.put(requests.get(url, stream=True, timeout=(seconds, 15), headers=headers))
-        except Exception as error:  # whatever it is, the caller reports it
-            answers.put(error)
-
-    threading.Thread(target=get, daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise DownloadError("no answer") from None
-    if isinstance(answer, Exception):
-        raise DownloadError(f"no connection ({type(answer).__name__})")
-    if answer.status_code != 200:
-        raise DownloadError(f"HTTP status {answer.status_code}")
-    return answer
+class DownloadError(UserError):
+    """No mirror has the text."""
 
 
 def has_ending(path: Path, name: str) -> bool:
     """Whether a file is all of a built-in text, however its lines are broken."""
-    words = path.read_bytes().decode("utf-8", "replace").split() if name in SOURCES else ()
-    return name not in SOURCES or SOURCES[name].ending in " ".join(words)
+    words = path.read_bytes().decode("utf-8", "replace").split() if name in ENDINGS else ()
+    return ENDINGS.get(name, "") in " ".join(words)
 
 
 def cache_path(name: str) -> Path:
@@ -1240,36 +1207,40 @@ def download(name: str) -> Path:
 
     raises: DownloadError if no mirror has it, OSError if it cannot be written
     """
-    path, seconds, reasons = cache_path(name), CONNECT_SECONDS, []
+    path, reasons = cache_path(name), []
     if path.is_file() and has_ending(path, name):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    for url in SOURCES[name].mirrors if name in SOURCES else [name]:
-        host, started = url.split("/")[2].rpartition("@")[2], time.monotonic()
+    for url in SOURCES.get(name, [name]):
+        host = url.split("/")[2].rpartition("@")[2]
         log(f"Downloading {path.name} from {host} ...")
         try:
-            response = connect(url, max(1.0, seconds))
+            headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
+            response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
+            if response.status_code != 200:
+                raise ValueError(f"HTTP status {response.status_code}")
             length = int(response.headers.get("Content-Length") or 0) or None
             with atomic_write(path) as file, progress_bar(length) as advance:
                 for piece in response.iter_content(1 << 16):
                     advance(file.write(piece))
                     if file.tell() > MAX_DOWNLOAD:
-                        raise DownloadError(f"more than {MAX_DOWNLOAD:,} bytes")
+                        raise ValueError(f"more than {MAX_DOWNLOAD:,} bytes")
                 file.flush()
                 if not has_ending(Path(file.name), name):
-                    raise DownloadError("another text, or not all of it")
+                    raise ValueError("another text, or not all of it")
             return path
-        except (DownloadError, requests.RequestException, ValueError) as error:
-            broken = f"the connection broke ({type(error).__name__})"
-            reasons.append(f"{host}: {error if isinstance(error, DownloadError) else broken}")
-            seconds -= time.monotonic() - started
-    raise DownloadError("; ".join(reasons))
+        except requests.RequestException as error:  # its text has the URL, which may be secret
+            reasons.append(f"{host}: no connection, or it broke ({type(error).__name__})")
+        except ValueError as error:
+            reasons.append(f"{host}: {error}")
+    fix = "try again, or give a text file"
+    raise DownloadError(f"--data {text_names([name])}: no download ({'; '.join(reasons)}); {fix}")
 
 
 def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
     """Files (or bytes) and their encodings for one name of --data.
 
-    raises: DownloadError; UserError if there is no such text
+    raises: UserError
     """
     if name == FALLBACK:
         from pydoc_data.topics import topics
@@ -1281,11 +1252,7 @@ def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
         return [(download(name), "utf-8" if name in SOURCES else encoding)]
     path = Path(name)
     if path.is_dir():
-        files = [
-            f
-            for f in sorted(path.glob("[!.]*"))
-            if f.suffix.lower() in (".txt", ".md") and f.is_file()
-        ]
+        files = sorted(f for f in path.glob("[!.]*.*") if f.suffix.lower() in (".txt", ".md"))
         if not files:
             raise UserError(f"--data {name}: a folder without *.txt or *.md; choose another")
         return [(file, encoding) for file in files]
@@ -1315,29 +1282,19 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
     name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as raw:
-            head, first = raw.read(4096), True
-            utf16 = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-le"
-            not_text = f"{name}: not a plain text file; save it as plain text, in UTF-8"
-            if head[:4] in (b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"):
-                raise UserError(not_text)
-            not_text += f"; if it is UTF-16, add --encoding {utf16}"
-            if b"\0" in head and not re.search("16|32", encoding):
-                raise UserError(not_text)
-            raw.seek(0)
-            file = io.TextIOWrapper(raw, encoding)
+            file, first = io.TextIOWrapper(raw, encoding), True
             while text := file.read(PIECE):
-                if "\0" in text:
-                    raise UserError(not_text)
                 text.encode()  # some encodings have surrogates, which are not characters
+                if "\0" in text:
+                    raise UnicodeError
                 yield strip_license(text.removeprefix("\ufeff")) if first else text
                 first = False
     except LookupError:
         fix = "unknown to Python; try utf-8, latin-1 or cp1252"
         raise UserError(f"--encoding {encoding}: {fix}") from None
     except UnicodeError:
-        fix = "save it as plain text; otherwise give its --encoding, e.g. cp1252"
-        kind = f"not {encoding.upper()} text. If it is a PDF or Word file,"
-        raise UserError(f"{name}: {kind} {fix}") from None
+        fix = "save it as plain text, not PDF or Word, or give its --encoding, e.g. cp1252, utf-16"
+        raise UserError(f"{name}: not {encoding.upper()} text; {fix}") from None
 
 
 def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
@@ -1368,9 +1325,8 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
         sources = [s for name in names or ["sherlock"] for s in find_texts(name, encoding)]
     except DownloadError as error:
         if names:
-            fix = "try again, or give a text file"
-            raise UserError(f"--data {text_names(names)}: no download ({error}); {fix}") from None
-        log(f"NOTE: Sherlock Holmes could not be downloaded ({error}).")
+            raise
+        log(f"NOTE: {error}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
     names = ["standard input" if name == "-" else name for name in names or ["sherlock"]]
@@ -1473,6 +1429,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 # ---- terminal ------------------------------------------------------------------------------------
 # Generated text goes to stdout, everything else to stderr.
 
+STDERR_GONE = OSError, SystemExit  # its reader or terminal has gone; a run goes on all the same
 STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -1494,18 +1451,9 @@ def write_stdout(text: str) -> None:
 def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to the terminal; of several ranks only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
-        with drop_stderr_if_gone():
+        with suppress(*STDERR_GONE):
             console = Console(stderr=True, highlight=False)
             console.print(Text(escape_control(text)), soft_wrap=not console.is_terminal)
-
-
-@contextmanager
-def drop_stderr_if_gone() -> Iterator[None]:
-    """Redirect stderr to /dev/null once its reader or terminal has gone, so that a run goes on."""
-    try:
-        yield
-    except (OSError, SystemExit):  # rich exits at a broken pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextmanager
@@ -1547,7 +1495,7 @@ class ProgressDisplay:
         """Refresh the live line, five times per second at most."""
         if self.is_live and time.monotonic() - self.shown > 0.2:
             self.shown, (losses, _, speed) = time.monotonic(), self.metrics()
-            with drop_stderr_if_gone():
+            with suppress(*STDERR_GONE):
                 line = Text(f"{losses} {speed}", no_wrap=True, overflow="crop")
                 self.live.update(line, refresh=True)
 
@@ -1556,7 +1504,7 @@ class ProgressDisplay:
         losses, speed, left = self.metrics()
         sample = escape_control(self.sample().replace("\n", " ")) if not self.quiet else ""
         if self.is_live:
-            with drop_stderr_if_gone():
+            with suppress(*STDERR_GONE):
                 line = Text(f"{losses} | {sample}", no_wrap=True, overflow="ellipsis")
                 self.live.console.print(line)
         elif not self.quiet:
@@ -1578,7 +1526,7 @@ class ProgressDisplay:
             log("weights are saved; try more --dropout, fewer --max-steps or more text.")
 
     def close(self) -> None:
-        with drop_stderr_if_gone():
+        with suppress(*STDERR_GONE):
             self.live.stop()
         if self.board:
             self.board.close()
@@ -1636,12 +1584,8 @@ class StopSignals:
 
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
+SHADES = " ░▒▓█"
 VIEWS = ("tokens", "probs", "why", "attn")
-
-
-def shades(console: Console) -> str:
-    """Five characters from empty to full, that the console can print."""
-    return " ░▒▓█" if console.encoding.startswith("utf") else " .:*#"
 
 
 def glyph(c: str) -> str:
@@ -1715,7 +1659,7 @@ def probs_view(console: Console, model: Model, text: str, cfg: SampleConfig) -> 
         for p in columns.values():
             share = float(p[row].sum())
             number = f"{100 * share:.{int(room > 5)}f}" if share else "-"
-            bar = shades(console)[-1] * round(share / highest * (room - 7)) if single else ""
+            bar = SHADES[-1] * round(share / highest * (room - 7)) if single else ""
             lines.append(f" {number:>{min(5, room - 1)}}")
             lines.append(f" {bar:<{room - 7}}" if room > 7 else " " * (room - 6), COOL[1])
     console.print(lines)
@@ -1773,7 +1717,7 @@ def attn_view(console: Console, model: Model, text: str, layer=None, head=None) 
     T, levels = len(ids), (0.05, 0.15, 0.30, 0.60)
     n = min(T, (console.width - 16) // 2, max(8, console.height - 4))
     names = [glyph(model.tokenizer.characters[i]) for i in ids]
-    key = "  ".join(f"{s} {low:.0%}" for s, low in zip(shades(console)[1:], levels, strict=True))
+    key = "  ".join(f"{s} {low:.0%}" for s, low in zip(SHADES[1:], levels, strict=True))
     which = f"head {head} of {config.n_head}" if head else f"mean of heads: {config.n_head}"
     lines = Text(f"Layer {layer} of {config.n_layer}, {which}\nattention from: {key}\n    ")
     lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
@@ -1781,7 +1725,7 @@ def attn_view(console: Console, model: Model, text: str, layer=None, head=None) 
         lines.append(f"\n {set_cell_size(names[t], 2)} ", "bold")
         for w in weights[t, T - n :].tolist():
             level = sum(w >= low for low in levels)
-            lines.append(shades(console)[level] * 2, COOL[level])
+            lines.append(SHADES[level] * 2, COOL[level])
         most = int(weights[t].argmax())
         lines.append(f" '{names[most]}' {weights[t, most]:.0%}")
     console.print(lines)
@@ -1826,16 +1770,16 @@ class Chat:
             return self.answer(text.removeprefix("\n").removesuffix("\n"))
         if line.strip() in ("quit", "exit"):
             return self.do_quit("")
-        if not line.startswith("/") or line.startswith("//"):
-            return self.answer(line[line.startswith("//") :])
+        if not line.startswith("/"):
+            return self.answer(line)
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
-            raise UserError(f"/{name}: unknown; /help lists the commands, // begins a text with /")
+            raise UserError(f"/{name}: unknown; /help lists the commands")
         if self.commands[name].__doc__.startswith("FILE") and not argument.strip():
             raise UserError(f"usage: /{name} FILE")
         self.commands[name](argument)
 
-    def table(self, rows: Iterable[tuple[str, str]]) -> None:
+    def table(self, rows: Iterable[tuple[str, ...]]) -> None:
         grid = Table.grid(padding=(0, 1, 0, 0))
         for row in rows:
             grid.add_row(*(Text(escape_control(cell)) for cell in row))
@@ -1864,23 +1808,14 @@ class Chat:
             pass  # ends the answer; what has come stays
         print(flush=True)
 
-    def do_help(self, command: str) -> None:
-        """[COMMAND]: list the commands, or explain one, as /help set."""
-        command = command.strip().removeprefix("/")
-        if command and command not in self.commands:
-            raise UserError(f"/help {command}: unknown; /help lists the commands")
-        rows = []
-        for name in [command] if command else self.commands:
-            usage, text = re.sub(r"\s+", " ", self.commands[name].__doc__).split(": ", 1)
-            rows.append((f"/{name} {usage}", text if command else text.split(". ")[0].rstrip(".")))
-        self.table(rows)
-        if command == "set":
-            self.table((f"  {name}", f.metadata["help"]) for name, f in self.settings.items())
-        if not command:
-            log('""" begins and ends a prompt of several lines; Ctrl-C stops an answer.')
+    def do_help(self, _: str) -> None:
+        """: list the commands."""
+        usages = {f"/{name} ": do.__doc__.split(": ", 1) for name, do in self.commands.items()}
+        self.table((name + usage, text.rstrip(".")) for name, (usage, text) in usages.items())
+        log('""" begins and ends a prompt of several lines; Ctrl-C stops an answer.')
 
     def do_set(self, argument: str) -> None:
-        """NAME [VALUE]: change a setting, as /set top-k 5. Without a value: back to its default."""
+        """NAME [VALUE]: change a setting, as /set top-k 5; without a value back to its default."""
         name, _, value = argument.strip().partition(" ")
         if not name:
             return self.do_show("")
@@ -1905,11 +1840,13 @@ class Chat:
 
     def do_show(self, _: str) -> None:
         """: show the settings, the model, and the seed of the last answer."""
-        rows = {name: self.shown(getattr(self.cfg, f.name)) for name, f in self.settings.items()}
-        rows["model"] = str(self.model.metadata)
+        rows = []
+        for name, f in self.settings.items():
+            rows.append((name, self.shown(getattr(self.cfg, f.name)), f.metadata["help"]))
+        self.table(rows)
+        log(f"model: {self.model.metadata}")
         if self.prompt is not None:
-            rows["last answer"] = f"/set seed {self.seed}, then /regen repeats it"
-        self.table(rows.items())
+            log(f"/set seed {self.seed}, then /regen, repeats the last answer")
 
     def do_regen(self, _: str) -> None:
         """: answer the last prompt again."""
@@ -1927,24 +1864,17 @@ class Chat:
         self.answer("".join(read_text(path)).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
-        """FILE: switch to another model. /regen gives it the last prompt."""
+        """FILE: switch to another model; /regen gives it the last prompt."""
         self.model = load(os.path.expanduser(file.strip()), self.model.network.wte.weight.device)
         log(f"{file}: {self.model.metadata}")
 
     def do_probs(self, text: str) -> None:
-        """[TEXT]: chart the probabilities of the next character after a text or the last prompt.
-
-        From left to right: the model's, then what each active setting leaves.
-        """
+        """[TEXT]: chart the probabilities of the next character, after each active setting."""
         text = normalized(self.model, text or self.last())
         probs_view(self.console, self.model, text, self.cfg)
 
     def do_why(self, _: str) -> None:
-        """: show the surprise of each character of the last answer.
-
-        n bits are a chance of 1 in 2^n, before any setting; 9 is 9 or more. Colours begin at 2, 4
-        and 6 bits. Then the least expected characters, with the likeliest in their place.
-        """
+        """: show the surprise of each character of the last answer, in bits."""
         texts = self.last(), self.written
         prompt, answer = (self.model.tokenizer.normalize_prompt(text)[0] for text in texts)
         if not answer:
@@ -1952,11 +1882,7 @@ class Chat:
         why_view(self.console, self.model, prompt, answer)
 
     def do_attn(self, numbers: str) -> None:
-        """[LAYER] [HEAD]: map the attention within the last prompt.
-
-        A row for each query, a column for each key; at the right the key with the largest weight.
-        By default the last layer, and the mean of its heads.
-        """
+        """[LAYER] [HEAD]: map the attention within the last prompt (last layer, mean of heads)."""
         if not re.fullmatch(r"\d{0,4}( \d{1,4})?", numbers.strip()):
             raise UserError("usage: /attn [LAYER] [HEAD], numbers from 1")
         layer, head = [*map(int, numbers.split()), None, None][:2]
@@ -2150,12 +2076,8 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     vocab = {c: i for i, c in enumerate(characters)}
     # Only length ends a text. An empty prompt stands for a line end, as here.
     special_ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
-    sampling = dict(
-        do_sample=True,
-        temperature=SampleConfig().temperature,
-        top_k=0,
-        max_length=config.block_size,
-    )
+    sampling = dict(do_sample=True, temperature=SampleConfig().temperature, top_k=0)
+    sampling["max_length"] = config.block_size
     special = dict(id=0, content=UNKNOWN, special=True)
     special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     bpe = dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN)  # no merges: characters
@@ -2339,6 +2261,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     about = re.search(rf"^  {command} +(.*)", __doc__, re.MULTILINE)[1]
     program = f"anexagpt.py {command}"
     parser = Parser(program, description=about, allow_abbrev=False, formatter_class=style)
+    parser.set_defaults(command=command, folder=None)
     for names, options, how in ARGUMENTS:
         if command in names.split():
             parser.add_argument(*options.split(), **how)
@@ -2346,20 +2269,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if command in names.split():
             parser.add_config(config, skip)
     args = parser.parse_intermixed_args(argv)
-    args.command = command
-    for file in getattr(args, "files", ()):  # plain file names
+    for file in getattr(args, "files", ()):
         if file.endswith((".safetensors", CHECKPOINT_SUFFIX)) and hasattr(args, "model"):
             args.model = Path(file)
-        elif hasattr(args, "data") and (
-            file in (*BUILT_IN, "-") or re.search(r"[./\\]", file) or os.path.exists(file)
-        ):
-            args.data = [*(args.data or []), file]
-        elif command == "export" and file.endswith(".gguf"):
-            args.gguf = Path(file)
-        elif command == "export" and not hasattr(args, "folder"):
-            args.folder = Path(file)
-        elif not named:
+        elif not (named or file in (*BUILT_IN, "-") or re.search(r"[./\\]", file)):
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
+        elif hasattr(args, "data"):
+            args.data = [*(args.data or []), file]
+        elif command == "export" and not args.folder:
+            args.folder = Path(file)
         else:
             parser.error(f"unrecognized arguments: {file}")
     return args
@@ -2432,16 +2350,6 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def remove_finished(out: Path, checkpoint: Path) -> None:
-    """Remove the checkpoint of a run that was killed after it had saved its model."""
-    if out.is_file() and checkpoint.is_file():
-        model, saved = read_file(out), read_file(checkpoint, "move it away")
-        facts = [(m.config, m.data, m.training, m.history[: len(saved.metadata.history)])
-                 for m in (model.metadata, saved.metadata)]  # fmt: skip
-        if saved.is_checkpoint and facts[0] == facts[1]:
-            checkpoint.unlink(missing_ok=True)
-
-
 def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | None:
     """The run to resume, or None to start one.
 
@@ -2449,8 +2357,6 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
     lost that this run did not write
     """
     out, saved = args.out, None
-    if not args.restart:
-        remove_finished(out, checkpoint)
     if os.path.lexists(checkpoint):
         fix = "move it away, or choose another --out"
         if not checkpoint.is_file():
@@ -2469,8 +2375,10 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
         fix = "to resume, drop these options; to discard it, add --restart"
         raise UserError(f"{checkpoint}: is at step {saved.metadata.step:,} with {diff}; {fix}")
     if saved and out.exists() and file_sha256(out) != saved.replaces:
-        fix = f"Use it: chat {out}. Resume the run: move it away. Discard both: --restart"
-        raise UserError(f"{out}: is not from the unfinished run in {checkpoint}. {fix}")
+        fix = (
+            f"Keep it: move {checkpoint} away. Resume: move the model away. Discard both: --restart"
+        )
+        raise UserError(f"{out}: is newer than the unfinished run {checkpoint}. {fix}")
     if not saved and out.exists():
         raise already_trained(out, read_file(out).metadata)
     return saved
@@ -2509,10 +2417,8 @@ def check_corpus(corpus: Corpus, block_size: int) -> None:
 def check_memory(config: GPTConfig, cfg: TrainConfig, device: torch.device) -> None:
     """Raise UserError if attention alone exceeds the memory: the kernel would kill silently."""
     if device.type == "cpu" and hasattr(os, "sysconf"):
-        rows = math.ceil(cfg.batch_size / cfg.grad_accum)
-        needed = (
-            22 * rows * config.n_layer * config.n_head * config.block_size**2
-        )  # bytes, measured
+        n_scores = cfg.batch_size // cfg.grad_accum * config.n_head * config.block_size**2
+        needed = 22 * config.n_layer * n_scores  # bytes, measured
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             sizes = f"attention needs {needed / 1e9:,.0f} GB, and there are {memory / 1e9:,.0f}"
@@ -2530,9 +2436,6 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     names = [f.name for f in fields(TrainConfig)]
     old = {n: v for n, v in saved.metadata.training.items() if n in names} if saved else {}
     cfg = from_args(TrainConfig, args, **old)
-    if saved and not hasattr(args, "dtype"):
-        dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16)
-        dtype = dtypes.get(saved.metadata.training.get("dtype"), dtype)
     if saved and saved.metadata.step >= cfg.max_steps:
         at = f"the run is at step {saved.metadata.step:,}; choose more, or add --restart"
         raise UserError(f"--max-steps {cfg.max_steps:,}: {at}")
@@ -2557,12 +2460,12 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
     trainer = Trainer(config, cfg, device, dtype, ctx)
-    if init:
-        weights = initial_weights(init, corpus.tokenizer.characters)
-        trainer.model.load_state_dict(weights)
     try:
         if saved:
             trainer.load_state_dict(saved.tensors, saved.metadata)
+        elif init:
+            weights = initial_weights(init, corpus.tokenizer.characters)
+            trainer.model.load_state_dict(weights)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         fix = f"cannot be resumed ({first_line(error)}); use --restart"
         raise UserError(f"{checkpoint}: {fix}") from None
@@ -2652,9 +2555,7 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: s
     if t.step:
         log(f"Resuming {checkpoint} at step {t.step:,}.")
     elif t.ctx.rank == 0:
-        checkpoint.unlink(
-            missing_ok=True
-        )  # else a crash before the first save would bring back the old run
+        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
     if not args.quiet:
         log_run(t, corpus)
     reuse_freed_memory()
@@ -2701,23 +2602,16 @@ def reuse_freed_memory() -> None:
 def cmd_run(args: argparse.Namespace) -> None:
     sampling = replace(from_args(SampleConfig, args), seed=None)  # --seed is that of the training
     if "WORLD_SIZE" in os.environ:
-        raise UserError(
-            "torchrun: several processes can train, but not chat; use the command train"
-        )
+        raise UserError("torchrun: several processes can train but not chat; use the command train")
     out = args.model = args.out
-    if not args.restart:
-        remove_finished(out, checkpoint_path(out))
     if args.restart or os.path.lexists(checkpoint_path(out)) or not out.exists():
         cmd_train(args)
-        return chat_loop(load_from_args(args)[0], sampling)
-    metadata = read_file(out).metadata
-    diff, names = config_diff(args, metadata, RUNTIME_OPTIONS), metadata.data["names"]
-    if not diff and args.data not in (None, names):
-        other = load_corpus(args.data, args.encoding).sha256 != metadata.data["sha256"]
-        diff = f"another text than {text_names(args.data)}" if other else ""
-    if diff:
-        raise already_trained(out, metadata, diff)
-    log(f"{out}: {metadata}. /help lists the commands.")
+    else:
+        metadata = read_file(out).metadata
+        diff = config_diff(args, metadata, RUNTIME_OPTIONS)
+        if diff or args.data not in (None, metadata.data["names"]):
+            raise already_trained(out, metadata, diff)
+        log(f"{out}: {metadata}. /help lists the commands.")
     chat_loop(load_from_args(args)[0], sampling)
 
 
@@ -2801,16 +2695,12 @@ def cmd_info(args: argparse.Namespace) -> None:
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-    folder, path = getattr(args, "folder", None), args.gguf
+    folder, path = args.folder, args.gguf
     if not (folder or path) or (args.f16 and not path):
-        raise UserError(
-            "export: give a folder for transformers, --gguf FILE for llama.cpp, or both"
-        )
-    taken = [
-        p for p in (folder, path) if p and p.exists() and not (p.is_dir() and not [*p.iterdir()])
-    ]
-    if taken and not args.force:
-        raise UserError(f"{taken[0]}: exists; choose another name, or add --force")
+        raise UserError("export: give a folder for transformers, --gguf FILE, or both")
+    for p in filter(None, (folder, path)):
+        if not args.force and (any(p.iterdir()) if p.is_dir() else p.exists()):
+            raise UserError(f"{p}: exists; choose another name, or add --force")
     if folder and folder.resolve() == args.model.resolve().parent:
         raise UserError(f"{folder}: has the model itself; choose another folder")
     model = load(args.model)
@@ -2837,9 +2727,8 @@ def cmd_push(args: argparse.Namespace) -> None:
         model, api = load(args.model), hub.HfApi()
         name = api.create_repo(name, private=args.private, exist_ok=True).repo_id
         if args.private and not api.model_info(name).private:
-            raise UserError(
-                f"{name}: exists and is public; make it private, or push to another name"
-            )
+            fix = "make it private, or push to another name"
+            raise UserError(f"{name}: exists and is public; {fix}")
         files = hub_files(model, name, args.license)
         log(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
         with tempfile.TemporaryDirectory() as folder:

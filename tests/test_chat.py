@@ -210,9 +210,9 @@ def chat(cli, *lines, options=()):
 def test_session_to_the_letter(model, cli):
     """Catches anything but generated text on stdout, a message that goes to the model, a context
     that is carried from one prompt to the next, and other lines than ours."""
-    lines = 'the|/hlep|/set temperature 101|"""a|b"""|/more|//x|"""open|end'.split("|")  # noqa: SIM905
+    lines = 'the|/hlep|/set temperature 101|"""a|b"""|/more|x|"""open|end'.split("|")  # noqa: SIM905
     out, err = chat(cli, *lines, options=["--seed", 3])
-    prompts = ["the", "a\nb", "/x", "open\nend"]
+    prompts = ["the", "a\nb", "x", "open\nend"]
     answers = [prompt + model.generate(prompt, max_new=20, seed=3) for prompt in prompts]
     answers.insert(2, model.generate(answers[1], max_new=20, seed=3))
     assert out == "".join(f"{answer}\n" for answer in answers)
@@ -288,7 +288,7 @@ def test_what_is_read(model, cli):
     """Catches a prompt that loses spaces, slashes or lines, an empty one that is answered, and
     70,000 unknown characters that make a notice of 379 kB."""
     cases = {
-        "//etc": "/etc", "///": "//", " the ": " the ", '"""/help"""': "/help", "quit.": "quit.",
+        '"""/etc"""': "/etc", " the ": " the ", '"""/help"""': "/help", "quit.": "quit.",
         '"""quit"""': "quit", '"""\na\n\nb\n"""': "a\n\nb", '"""a\n"""  ': "a", '""""""': "",
         "": "", "\U0001f600": "", "caf\u00e9\u2019s": "cafe's", "The": "the",
     }  # fmt: skip
@@ -310,7 +310,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/more": "no answer yet", "/why": "no answer yet", "/probs": "no answer yet",
         "/tokens": "no answer yet", "/attn": "no answer yet", "/read": "usage: /read FILE",
         "/read /": "no such file", "/model": "usage", "/model no.safetensors": "no such file",
-        "/help sett": "unknown", "/read model.safetensors": "not ",
+        "/read model.safetensors": "not ",
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]
@@ -328,14 +328,14 @@ def test_ways_to_leave(model, cli):
 
 
 def test_help(model, cli):
-    """Catches a command without help, and a setting that /help set does not explain."""
-    err = chat(cli, "/help", "/help set", "/help attn")[1]
-    listing, settings, attn = (" ".join(m.split()) for m in err.split("Prompt: ")[1:4])
+    """Catches a command without help, and a setting that /show does not explain."""
+    err = chat(cli, "/help", "/show")[1]
+    listing, settings = (" ".join(m.split()) for m in err.split("Prompt: ")[1:3])
     for name in "help set show regen more read model probs why attn tokens quit".split():  # noqa: SIM905
         assert re.search(rf"/{name}( [A-Z\[]+\]?)* [a-z]", listing, re.IGNORECASE), name
-    assert '"""' in listing and "Ctrl-C" in listing and "row" in attn
+    assert '"""' in listing and "Ctrl-C" in listing
     for name in "temperature top-k top-p min-p repetition-penalty max-new stop seed".split():  # noqa: SIM905
-        assert re.search(rf"{name} \w+ \w+", settings), name
+        assert re.search(rf"{name} [\w.]+ \w+ \w+", settings), name
 
 
 def test_views_and_answers_follow_the_session(model, tiny, cli):
@@ -397,7 +397,7 @@ def test_keys(model, tmp_path):
         "ac\x1b[Db\r": "abc", "bc\x01a\x05d\r": "abcd", "one two\x17x\r": "one x",
         "\x1b[200~one\ntwo\x1b[201~x\r": "one\ntwox", '"""one\rtwo\r"""\r': "one\ntwo",
         "half\x03the\r": "the", "\x1b[A\r": "the", "\x12one x\r\r": "one x",
-        "/read let\t\r": "dear watson", '"""half\r\x03//tmp\r': "/tmp",
+        "/read let\t\r": "dear watson", '"""half\r\x03tmp\r': "tmp",
     }  # fmt: skip
     for keys, prompt in cases.items():
         child.send(keys)

@@ -360,7 +360,7 @@ def test_read_only_folder(cli, folder):
             path.chmod(path.stat().st_mode | 0o11)  # so that nobody finds the way
     assert cli("train", *OPTIONS, "--quiet").status == 0
     Path("data").mkdir()
-    Path("data/sherlock.txt").write_text(prose(600) + anexagpt.SOURCES["sherlock"].ending)
+    Path("data/sherlock.txt").write_text(prose(600) + anexagpt.ENDINGS["sherlock"])
     before = {name: Path(name).read_bytes() for name in names()}
     paths = [*Path(".").glob("*.lock"), Path("data"), folder]
     for path in paths:

@@ -254,18 +254,6 @@ def test_model_that_was_copied_in(cli, tiny):
     assert MODEL.read_bytes() != tiny.read_bytes() and not CHECKPOINT.exists()
 
 
-def test_finished_model_beside_its_checkpoint(cli):
-    """Catches a run that was killed after its model was saved, and can never be used again."""
-    stop(cli, 10)
-    checkpoint = CHECKPOINT.read_bytes()
-    assert cli("train", *OPTIONS).status == 0
-    before = weights()
-    CHECKPOINT.write_bytes(checkpoint)
-    result = cli("run", *OPTIONS, stdin="the\nquit\n")
-    assert result.status == 0 and "the" in result.out, result
-    assert weights() == before
-
-
 def test_use_of_a_checkpoint(cli):
     """Catches a run that must end before one can try it: every command opens its checkpoint, with
     the weights that were the best."""

@@ -4,8 +4,6 @@ hand. What was read is known by its SHA-256 in the model file; servers are on th
 import hashlib
 import os
 import re
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -39,8 +37,7 @@ def digest(text: str) -> str:
 
 
 def mirrors(monkeypatch, name: str, *urls: str) -> None:
-    source = anexagpt.SOURCES[name]
-    monkeypatch.setitem(anexagpt.SOURCES, name, source._replace(mirrors=urls))
+    monkeypatch.setitem(anexagpt.SOURCES, name, urls)
 
 
 # ---- bytes to text -------------------------------------------------------------------------------
@@ -110,9 +107,9 @@ def test_blanks_take_linear_time(cli):
 
 PDF, DOC = b"%PDF-1.7\n%\xe2\xe3\n" + b"text " * 99, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"x" * 99
 NOT_TEXT = [
-    *((PDF, e, "plain text") for e in ("utf-8", "latin-1", "utf-16")),
-    *((x, "latin-1", "plain text") for x in (DOC, b"PK\3\4x" * 99, b"one\0two" * 99)),
-    (("one two\n" * 99).encode("utf-16-le"), "utf-8", "--encoding utf-16-le"),
+    *((x, "utf-8", "plain text") for x in (PDF, DOC, b"PK\3\4\0" * 99)),
+    (b"one\0two" * 99, "latin-1", "plain text"),
+    (("one two\n" * 99).encode("utf-16-le"), "utf-8", "utf-16"),
     (("one two\n" * 99).encode("utf-16"), "utf-8", "--encoding"),
     (b"caf\xe9 noir" * 9, "utf-8", "--encoding"),
     (b"a" * 99 + b"\xe4\xb8", "utf-8", "--encoding"),  # ends within a character
@@ -264,18 +261,13 @@ def test_broken_downloads(cli, read, server, monkeypatch, name):
     assert Path("data/sherlock.txt").read_bytes() == BOOK
 
 
-@pytest.mark.parametrize("how", ["resolver", "server"])
-def test_no_answer(cli, server, monkeypatch, how):
-    """Catches minutes of silence where a resolver or a server never answers: the first line comes
-    before, one budget holds for all mirrors, and then comes the loud fallback."""
-    closing = threading.Event()
+def test_no_answer(cli, server, monkeypatch):
+    """Catches minutes of silence where a server never answers: the first line comes before, and
+    after the mirrors the loud fallback."""
     mirrors(monkeypatch, "sherlock", *[server.page("/x", Answer(silent=True))] * 2)
-    if how == "resolver":
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: closing.wait(60))
-    monkeypatch.setattr(anexagpt, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(anexagpt, "TIMEOUT", (0.5, 0.5))
     started = time.monotonic()
     result = cli("train", *SMALL)
-    closing.set()
     assert time.monotonic() - started < 15 and result.status == 0
     lines = result.err.splitlines()
     assert "Downloading" in lines[0] and "127.0.0.1" in lines[0]
