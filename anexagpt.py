@@ -2083,15 +2083,6 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     bpe = dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN)  # no merges: characters
     rate = config.dropout or 0.0
     documents = {
-        "config.json": dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-            vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
-            n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
-            activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            embd_pdrop=rate, resid_pdrop=rate, attn_pdrop=0.0,
-            **(special_ids | dict(bos_token_id=None)),
-            task_specific_params={"text-generation": sampling},
-        ),
         "generation_config.json": special_ids | sampling | dict(suppress_tokens=[0]),
         "tokenizer.json": dict(
             version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
@@ -2103,20 +2094,30 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
             clean_up_tokenization_spaces=False,
             **dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN),
         ),
+        "config.json": dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
+            n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+            activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+            embd_pdrop=rate, resid_pdrop=rate, attn_pdrop=0.0,
+            **(special_ids | dict(bos_token_id=None)),
+            task_specific_params={"text-generation": sampling},
+        ),
     }  # fmt: skip
-    files = {name: json.dumps(d, indent=2, ensure_ascii=False) for name, d in documents.items()}
-    files["README.md"] = model_card(model, title, license)
     tensors = safetensors.torch.save(weights, model.metadata.to_header())
-    return {"model.safetensors": tensors} | {name: text.encode() for name, text in files.items()}
+    files = {MODEL: tensors, "README.md": model_card(model, title, license).encode()}
+    for name, document in documents.items():
+        files[name] = json.dumps(document, indent=2, ensure_ascii=False).encode()
+    return files
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write `files` into `folder`; config.json last, which loaders look for first."""
+    """Write `files` into `folder`; the last is config.json, which loaders look for first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    for name in sorted(files, key="config.json".__eq__):
+    for name, content in files.items():
         with atomic_write(folder / name) as file:
-            file.write(files[name])
+            file.write(content)
 
 
 GGUF_NAMES = {
@@ -2387,9 +2388,8 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
 def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data["names"]:
-        remote = re.match(r"https?://|[\\/]{2}", name, re.IGNORECASE)  # \\PC\FILE is a network path
-        known = name in BUILT_IN or (remote and cache_path(name).is_file())
-        if not known and (remote or not (os.path.isfile(name) or os.path.isdir(name))):
+        is_remote = re.search(r"[\\/]{2}", name)  # a URL, or \\PC\FILE, a network path
+        if is_remote or not (name in BUILT_IN or os.path.isfile(name) or os.path.isdir(name)):
             raise UserError(f"its text {text_names([name])} is not here; name it with --data")
     return metadata.data["names"]
 
@@ -2747,17 +2747,13 @@ def cmd_push(args: argparse.Namespace) -> None:
 
 def prepare_streams() -> None:
     """Replace closed standard streams, and never fail on a character that a stream lacks."""
-    stdout_is_closed = sys.stdout is None
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # takes the free descriptor, before another file does
-            setattr(sys, name, os.fdopen(fd, "w" if fd else "r"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if fd else "r"))
     sys.stdin.reconfigure(errors="replace")
     for stream in (sys.stdout, sys.stderr):
         encoding = stream.encoding if stream.isatty() else "utf-8"
         stream.reconfigure(encoding=encoding, errors="backslashreplace")
-    if stdout_is_closed:
-        raise UserError("standard output is closed; send it to a file or to /dev/null")
 
 
 def main(argv: list[str]) -> int:

@@ -160,7 +160,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_closed_streams(tiny, tmp_path, monkeypatch, command):
-    """Catches tracebacks and silence where a shell has closed a stream (`<&-`), and files of ours
+    """Catches tracebacks where a shell has closed a stream (`<&-`), and files of ours
     that take its descriptor and are written over (issue 30)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -171,10 +171,7 @@ def test_closed_streams(tiny, tmp_path, monkeypatch, command):
         Path("new.safetensors").unlink(missing_ok=True)
         result = in_fork(*COMMANDS[command], closed=[closed])
         assert "Traceback" not in result.out + result.err, result.err
-        if closed == "stdout":
-            assert result.is_error("standard output is closed")
-        else:
-            assert result.status == (2 if command == "push" else 0), result
+        assert result.status == (2 if command == "push" else 0), result
         if command == "push" and closed == "stdin":
             assert "HF_TOKEN" in result.err
         assert Path("model.safetensors").read_bytes() == tiny.read_bytes()
