@@ -56,6 +56,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import argparse
 import builtins
+import copy
 import ctypes
 import hashlib
 import importlib
@@ -311,17 +312,6 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="none" if exact else "tanh"))
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014): zeros at rate p, the other values scaled up."""
-    if p == 0 or not training or x.device.type != "cpu":
-        return F.dropout(x, p, training)
-    # One random byte per value, so p is a multiple of 1/256: nn.Dropout takes a tenth of a step.
-    n_dropped = round(256 * p)
-    draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    mask = draws.view(torch.uint8)[: x.numel()].view_as(x) >= n_dropped
-    return (x * mask).mul_(256 / (256 - n_dropped))
-
-
 class Block(nn.Module):
     """Pre-LayerNorm transformer block: attention and MLP, each added to the residual stream."""
 
@@ -329,11 +319,11 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config, layer)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.dropout = config.dropout or 0.0
+        self.drop = nn.Dropout(config.dropout or 0.0)
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + dropout(self.attn(self.ln_1(x), cache), self.dropout, self.training)
-        return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        x = x + self.drop(self.attn(self.ln_1(x), cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -344,6 +334,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout or 0.0)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.init_weights()
@@ -372,8 +363,7 @@ class GPT(nn.Module):
         end = start + ids.shape[1]
         if end > self.config.block_size:
             raise IndexError(f"{end} positions exceed block_size {self.config.block_size}")
-        x = self.wte(ids) + self.wpe.weight[start:end]  # (B, T, C)
-        x = dropout(x, self.config.dropout or 0.0, self.training)
+        x = self.drop(self.wte(ids) + self.wpe.weight[start:end])  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
         if cache:
@@ -415,15 +405,25 @@ class TrainConfig(Config):
 
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
-    """Factor of the peak learning rates at `step`: linear warm-up, then decay to zero.
+    """Factor of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
-    source: Defazio et al. 2023, "Optimal Linear Decay Learning Rate Schedules and Further
-    Refinements"; a power of 1.5 instead of their 1 measured better here
+    Not to zero, as is usual: the average of the weights (see ema_weight) does the rest.
     """
     warmup = min(cfg.warmup_steps, cfg.max_steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    return ((cfg.max_steps - step) / (cfg.max_steps - warmup)) ** 1.5
+    return 0.2 + 0.8 * ((cfg.max_steps - step) / (cfg.max_steps - warmup)) ** 1.5
+
+
+def ema_weight(step: int) -> float:
+    """Weight of the newest weights in the moving average of all weights so far, after `step` steps.
+
+    The average, over about an eighth of the run so far, is what is evaluated and saved: single
+    weights memorise the text and swing around, and their mean does so much less.
+    source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
+    Models", section 3.1 (power function EMA)
+    """
+    return min(1.0, 8 / step)
 
 
 def newton_schulz(X: Tensor) -> Tensor:
@@ -508,16 +508,7 @@ def get_batch(ids: np.ndarray, step: int, cfg: TrainConfig, block_size: int) -> 
 
 def default_dropout(epochs: float) -> float:
     """The more often a text is repeated, the sooner it is memorised, and the more dropout helps."""
-    return 0.0 if epochs < 4 else 0.05 if epochs < 25 else 0.15 if epochs < 80 else 0.2
-
-
-def logit_scale(epochs: float) -> float:
-    """Factor of the logits in training only: what is trained with larger logits is less confident.
-
-    A network that repeats a text becomes overconfident: the validation loss of the default model,
-    trained without this factor, is lowest at a temperature of 1.15 (1.271 instead of 1.284).
-    """
-    return 1.0 if epochs < 4 else 1.15
+    return 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
 
 
 def validation_size(cfg: TrainConfig, block_size: int) -> int:
@@ -539,7 +530,7 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
     windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
-    was_training, total, count = model.training, 0.0, 0
+    total, count = 0.0, 0
     model.eval()
     for i in range(ctx.rank * rows, len(windows[0]), ctx.world_size * rows):
         x, y = (torch.from_numpy(w[i : i + rows].astype("i8")).to(device) for w in windows)
@@ -547,7 +538,6 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
             logits = model(x)  # (rows, T, V)
         total += float(cross_entropy(logits, y))
         count += int((y != 0).sum())
-    model.train(was_training)
     total, count = ctx.all_reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
         raise UserError("the text to evaluate on has no character that the model knows")
@@ -571,6 +561,7 @@ class Trainer:
         self.ctx = ctx or DistributedContext()
         torch.manual_seed(cfg.seed)
         self.model = GPT(config).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()  # see ema_weight
         self.step, self.history = 0, []  # history: [step, training loss, validation loss]
         self.best, self.best_loss = {}, math.inf  # weights with the lowest validation loss
         self.loss_sum = torch.zeros((), device=device)  # of the steps since the last evaluation
@@ -592,7 +583,7 @@ class Trainer:
         """
         n_steps = self.step - (self.history[-1][0] if self.history else 0)
         training = float(self.ctx.all_reduce(self.loss_sum.clone())) / max(1, n_steps)
-        validation, _ = evaluate(self.model, ids, self.dtype, self.ctx)
+        validation, _ = evaluate(self.ema, ids, self.dtype, self.ctx)
         uniform, is_last = math.log(self.model.config.vocab_size), self.step == self.cfg.max_steps
         if not math.isfinite(training + validation) or (is_last and validation > 1.1 * uniform):
             raise self.diverged(validation)
@@ -602,10 +593,10 @@ class Trainer:
         if len(self.history) > 20_000:
             del self.history[1::2]
         if validation < self.best_loss:
-            if not weights_are_sane(self.model.parameters()):
+            if not weights_are_sane(self.ema.parameters()):
                 raise self.diverged(validation)
             self.best_loss = validation
-            self.best = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
 
     def diverged(self, loss: float) -> Diverged:
         lower = f"--muon-learning-rate {self.cfg.muon_learning_rate / 3:.2g}"
@@ -621,6 +612,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors themselves, by name, that the next step depends on, and the best weights."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.items()}
         tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
         for i, state in enumerate(self.adamw.state.values()):
@@ -647,7 +639,7 @@ class Trainer:
         self.step, self.history = metadata.step, metadata.history
         if metadata.validation_loss is not None:
             self.best_loss = metadata.validation_loss
-            self.best = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name].view_as(tensor))
         if self.ctx.rank:  # a checkpoint has the loss and the random state of rank 0 only
@@ -697,17 +689,16 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     train_ids, val_ids = split_ids(ids)
     val_ids = val_ids[: validation_size(cfg, T)]
     rows = np.array_split(np.arange(cfg.batch_size), ctx.world_size)[ctx.rank]  # of this rank
-    scale_logits = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
     # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
     batch = torch.zeros(len(rows), T + 1, dtype=torch.long, device=t.device)
-    n_targets, scale = torch.ones((), device=t.device), torch.ones((), device=t.device)
+    n_targets, scale, weight = torch.ones(3, device=t.device)
 
     def train_step() -> None:
         model.zero_grad(set_to_none=True)
         for part in batch.chunk(cfg.grad_accum):
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.dtype == torch.bfloat16):
                 logits = model(part[:, :-1])  # (B / grad_accum, T, V)
-            loss = cross_entropy(scale_logits * logits, part[:, 1:]) / n_targets
+            loss = cross_entropy(logits, part[:, 1:]) / n_targets
             loss.backward()
             t.loss_sum += loss.detach()
         ctx.all_reduce_gradients(model)
@@ -715,6 +706,9 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         t.adamw.param_groups[0]["lr"].copy_(cfg.learning_rate * scale)
         t.adamw.step()
         t.muon.step(scale)
+        with torch.no_grad():
+            for average, p in zip(t.ema.parameters(), model.parameters(), strict=True):
+                average.lerp_(p, weight)
 
     use_graph = t.device.type == "cuda" and ctx.world_size == 1
     run_step = CudaGraph(train_step) if use_graph else train_step
@@ -727,6 +721,7 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         batch.copy_(windows[rows])
         n_targets.fill_((windows[:, 1:] != 0).sum().clamp(min=1))
         scale.fill_(lr_scale(t.step, cfg))
+        weight.fill_(ema_weight(t.step + 1))
         run_step()
         t.step += 1
 
@@ -1135,8 +1130,9 @@ def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
     """
     metadata, tensors, partial, _ = read_file(Path(path))
     exported = "transformer.wte.weight" in tensors
-    best = "model." if metadata.validation_loss is None else "best."
-    prefix = best if partial else "transformer." * exported
+    prefix = "transformer." if exported else ""
+    if partial:
+        prefix = "ema." if metadata.validation_loss is None else "best."
     network, weights = GPT(GPTConfig(**metadata.config)), {}
     try:
         for name, parameter in network.named_parameters():
@@ -2242,7 +2238,7 @@ class Parser(argparse.ArgumentParser):
             elif setting.default is not None:
                 how["help"] += f" (default: {setting.default})"
             metavar = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
-            names = [f"--{setting.name.replace('_', '-')}", *["-n"][: setting.name == "max_new"]]
+            names = [f"--{setting.name.replace('_', '-')}"] + ["-n"] * (setting.name == "max_new")
             # What is not given stays absent: the dataclass has the default.
             metavar = None if rule["choices"] else metavar
             group.add_argument(*names, default=argparse.SUPPRESS, metavar=metavar, **how)
@@ -2294,7 +2290,8 @@ def from_args(config: type[Config], args: argparse.Namespace, **defaults) -> Con
 def select_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Device and number format of the options.  raises: UserError if the device is missing"""
     cfg, cuda, mps = from_args(DeviceConfig, args), torch.cuda, torch.backends.mps
-    usable = [*["cuda"][: cuda.is_available()], *["mps"][: mps.is_available()], "cpu"]
+    available = dict(cuda=cuda.is_available(), mps=mps.is_available(), cpu=True)
+    usable = [name for name in available if available[name]]
     name = usable[0] if cfg.device == "auto" else cfg.device
     if name not in usable:
         raise UserError(f"--device {name}: not found by PyTorch; choose {' or '.join(usable)}")
@@ -2465,7 +2462,8 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
             trainer.load_state_dict(saved.tensors, saved.metadata)
         elif init:
             weights = initial_weights(init, corpus.tokenizer.characters)
-            trainer.model.load_state_dict(weights)
+            for network in (trainer.model, trainer.ema):
+                network.load_state_dict(weights)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         fix = f"cannot be resumed ({first_line(error)}); use --restart"
         raise UserError(f"{checkpoint}: {fix}") from None
@@ -2537,10 +2535,8 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: s
         return Metadata(config, characters, data, training, t.step, loss, t.history)
 
     def sample() -> str:
-        model = Model(t.model.eval(), corpus.tokenizer, metadata())
-        text = model.generate("\n", max_new=60, seed=0)
-        t.model.train()
-        return text
+        model = Model(t.ema, corpus.tokenizer, metadata())
+        return model.generate("\n", max_new=60, seed=0)
 
     def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
         if t.ctx.rank == 0:
