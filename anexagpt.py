@@ -407,7 +407,8 @@ class TrainConfig(Config):
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """Factor of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
-    Not to zero, as is usual: the average of the weights (see ema_weight) does the rest.
+    Most schedules decay to zero. Here averaging the weights (see ema_weight) takes the place of
+    the last part.
     """
     warmup = min(cfg.warmup_steps, cfg.max_steps // 10)
     if step < warmup:
@@ -416,12 +417,12 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
 
 
 def ema_weight(step: int) -> float:
-    """Weight of the newest weights in the moving average of all weights so far, after `step` steps.
+    """Share of the newest weights in the moving average (EMA) of the weights after `step` steps.
 
-    The average, over about an eighth of the run so far, is what is evaluated and saved: single
-    weights memorise the text and swing around, and their mean does so much less.
+    The average reaches back over about an eighth of the run so far. It is what is evaluated and
+    saved: the weights of a single step memorise and fluctuate more than their mean does.
     source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
-    Models", section 3.1 (power function EMA)
+    Models", section 3.1: power function EMA, to first order
     """
     return min(1.0, 8 / step)
 
@@ -570,7 +571,7 @@ class Trainer:
         self.muon = Muon(matrices, cfg, dtype)
         lr, graph = torch.zeros((), device=device), dict(capturable=device.type == "cuda")
         self.adamw = torch.optim.AdamW(others, lr, (0.9, 0.99), weight_decay=0, fused=True, **graph)
-        for p in others:  # AdamW would do it at its first step; a checkpoint is loaded before
+        for p in others:  # AdamW creates its state lazily; a checkpoint needs it earlier
             zeros = dict(step=p.new_zeros(()), exp_avg=p.new_zeros(p.shape))
             self.adamw.state[p] = zeros | dict(exp_avg_sq=p.new_zeros(p.shape))
         if self.ctx.rank:
@@ -610,7 +611,7 @@ class Trainer:
         return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors themselves, by name, that the next step depends on, and the best weights."""
+        """The tensors of the training state and the best weights, not copies, by name."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.items()}
@@ -707,8 +708,8 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         t.adamw.step()
         t.muon.step(scale)
         with torch.no_grad():
-            for average, p in zip(t.ema.parameters(), model.parameters(), strict=True):
-                average.lerp_(p, weight)
+            for ema_p, p in zip(t.ema.parameters(), model.parameters(), strict=True):
+                ema_p.lerp_(p, weight)
 
     use_graph = t.device.type == "cuda" and ctx.world_size == 1
     run_step = CudaGraph(train_step) if use_graph else train_step
@@ -1186,7 +1187,7 @@ class DownloadError(UserError):
 
 def has_ending(path: Path, name: str) -> bool:
     """Whether a file is all of a built-in text, however its lines are broken."""
-    words = path.read_bytes().decode("utf-8", "replace").split() if name in ENDINGS else ()
+    words = path.read_text("utf-8", "replace").split() if name in ENDINGS else []
     return ENDINGS.get(name, "") in " ".join(words)
 
 
@@ -1226,11 +1227,12 @@ def download(name: str) -> Path:
                     raise ValueError("another text, or not all of it")
             return path
         except requests.RequestException as error:  # its text has the URL, which may be secret
-            reasons.append(f"{host}: no connection, or it broke ({type(error).__name__})")
+            reasons.append(f"{host}: the connection failed ({type(error).__name__})")
         except ValueError as error:
             reasons.append(f"{host}: {error}")
     fix = "try again, or give a text file"
-    raise DownloadError(f"--data {text_names([name])}: no download ({'; '.join(reasons)}); {fix}")
+    name = escape_control(re.sub(r"//[^/]*@|[?#].*", "", name))
+    raise DownloadError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
 
 
 def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
@@ -1248,7 +1250,8 @@ def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
         return [(download(name), "utf-8" if name in SOURCES else encoding)]
     path = Path(name)
     if path.is_dir():
-        files = sorted(f for f in path.glob("[!.]*.*") if f.suffix.lower() in (".txt", ".md"))
+        files = [f for f in path.glob("[!.]*") if f.suffix.lower() in (".txt", ".md")]
+        files = sorted(f for f in files if f.is_file())
         if not files:
             raise UserError(f"--data {name}: a folder without *.txt or *.md; choose another")
         return [(file, encoding) for file in files]
@@ -1290,7 +1293,7 @@ def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
         raise UserError(f"--encoding {encoding}: {fix}") from None
     except UnicodeError:
         fix = "save it as plain text, not PDF or Word, or give its --encoding, e.g. cp1252, utf-16"
-        raise UserError(f"{name}: not {encoding.upper()} text; {fix}") from None
+        raise UserError(f"{name}: not plain {encoding.upper()} text; {fix}") from None
 
 
 def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
@@ -1425,7 +1428,6 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 # ---- terminal ------------------------------------------------------------------------------------
 # Generated text goes to stdout, everything else to stderr.
 
-STDERR_GONE = OSError, SystemExit  # its reader or terminal has gone; a run goes on all the same
 STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -1447,16 +1449,26 @@ def write_stdout(text: str) -> None:
 def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to the terminal; of several ranks only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
-        with suppress(*STDERR_GONE):
-            console = Console(stderr=True, highlight=False)
+        with suppress(OSError):
+            console = StderrConsole()
             console.print(Text(escape_control(text)), soft_wrap=not console.is_terminal)
+
+
+class StderrConsole(Console):
+    """Console on stderr, whose reader or terminal may go away: a run goes on without it."""
+
+    def __init__(self):
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        pass  # rich would end the program
 
 
 @contextmanager
 def progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar in bytes on a terminal, nothing elsewhere; gives the function that advances it."""
     columns = rich.progress.BarColumn(), rich.progress.DownloadColumn()
-    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    console, hidden = StderrConsole(), not sys.stderr.isatty()
     with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         yield lambda n: bar.advance(task, n)
@@ -1468,7 +1480,7 @@ class ProgressDisplay:
     def __init__(self, trainer: Trainer, sample: Callable[[], str], quiet: bool, board=None):
         self.t, self.sample, self.quiet, self.board = trainer, sample, quiet, board
         self.warned, self.started, self.shown = False, (time.monotonic(), trainer.step), 0.0
-        console = Console(stderr=True, highlight=False)
+        console = StderrConsole()
         self.live = rich.live.Live(console=console, auto_refresh=False, transient=True)
         self.is_live = console.is_terminal and not quiet
         if self.is_live:
@@ -1491,7 +1503,7 @@ class ProgressDisplay:
         """Refresh the live line, five times per second at most."""
         if self.is_live and time.monotonic() - self.shown > 0.2:
             self.shown, (losses, _, speed) = time.monotonic(), self.metrics()
-            with suppress(*STDERR_GONE):
+            with suppress(OSError):
                 line = Text(f"{losses} {speed}", no_wrap=True, overflow="crop")
                 self.live.update(line, refresh=True)
 
@@ -1500,7 +1512,7 @@ class ProgressDisplay:
         losses, speed, left = self.metrics()
         sample = escape_control(self.sample().replace("\n", " ")) if not self.quiet else ""
         if self.is_live:
-            with suppress(*STDERR_GONE):
+            with suppress(OSError):
                 line = Text(f"{losses} | {sample}", no_wrap=True, overflow="ellipsis")
                 self.live.console.print(line)
         elif not self.quiet:
@@ -1522,7 +1534,7 @@ class ProgressDisplay:
             log("weights are saved; try more --dropout, fewer --max-steps or more text.")
 
     def close(self) -> None:
-        with suppress(*STDERR_GONE):
+        with suppress(OSError):
             self.live.stop()
         if self.board:
             self.board.close()
@@ -1755,7 +1767,7 @@ class Chat:
     def __init__(self, model: Model, cfg: SampleConfig):
         self.model, self.cfg, self.done = model, cfg, False
         self.prompt = self.written = self.seed = None  # of the last answer
-        self.console = Console(stderr=True, highlight=False)
+        self.console = StderrConsole()
         self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
         self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
 
@@ -1808,7 +1820,7 @@ class Chat:
         """: list the commands."""
         usages = {f"/{name} ": do.__doc__.split(": ", 1) for name, do in self.commands.items()}
         self.table((name + usage, text.rstrip(".")) for name, (usage, text) in usages.items())
-        log('""" begins and ends a prompt of several lines; Ctrl-C stops an answer.')
+        log('"""TEXT""" may have several lines, or begin with /. Ctrl-C stops an answer.')
 
     def do_set(self, argument: str) -> None:
         """NAME [VALUE]: change a setting, as /set top-k 5; without a value back to its default."""
@@ -1842,7 +1854,7 @@ class Chat:
         self.table(rows)
         log(f"model: {self.model.metadata}")
         if self.prompt is not None:
-            log(f"/set seed {self.seed}, then /regen, repeats the last answer")
+            log(f"to repeat the last answer: /set seed {self.seed}, then /regen")
 
     def do_regen(self, _: str) -> None:
         """: answer the last prompt again."""
@@ -2269,10 +2281,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for file in getattr(args, "files", ()):
         if file.endswith((".safetensors", CHECKPOINT_SUFFIX)) and hasattr(args, "model"):
             args.model = Path(file)
-        elif not (named or file in (*BUILT_IN, "-") or re.search(r"[./\\]", file)):
+        elif not (named or file in (*BUILT_IN, "-") or "." in file or os.path.exists(file)):
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
         elif hasattr(args, "data"):
             args.data = [*(args.data or []), file]
+        elif command == "export" and file.endswith(".gguf"):
+            args.gguf = Path(file)
         elif command == "export" and not args.folder:
             args.folder = Path(file)
         else:
@@ -2326,7 +2340,7 @@ def checkpoint_path(out: Path) -> Path:
     return out.with_name(out.name + CHECKPOINT_SUFFIX)
 
 
-RUNTIME_OPTIONS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # same result with all
+RUNTIME_OPTIONS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # may change
 
 
 def config_diff(args: argparse.Namespace, metadata: Metadata, ignore: Iterable[str]) -> str:
@@ -2376,7 +2390,7 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
         fix = (
             f"Keep it: move {checkpoint} away. Resume: move the model away. Discard both: --restart"
         )
-        raise UserError(f"{out}: is newer than the unfinished run {checkpoint}. {fix}")
+        raise UserError(f"{out}: is not the model that {checkpoint} may replace. {fix}")
     if not saved and out.exists():
         raise already_trained(out, read_file(out).metadata)
     return saved
@@ -2385,7 +2399,7 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
 def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data["names"]:
-        is_remote = re.search(r"[\\/]{2}", name)  # a URL, or \\PC\FILE, a network path
+        is_remote = re.match(r"(?i)https?://|[\\/]{2}", name)  # \\PC\FILE is a network path
         if is_remote or not (name in BUILT_IN or os.path.isfile(name) or os.path.isdir(name)):
             raise UserError(f"its text {text_names([name])} is not here; name it with --data")
     return metadata.data["names"]
@@ -2433,6 +2447,9 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     names = [f.name for f in fields(TrainConfig)]
     old = {n: v for n, v in saved.metadata.training.items() if n in names} if saved else {}
     cfg = from_args(TrainConfig, args, **old)
+    if saved and not hasattr(args, "dtype"):
+        dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+        dtype = dtypes.get(saved.metadata.training.get("dtype"), dtype)
     if saved and saved.metadata.step >= cfg.max_steps:
         at = f"the run is at step {saved.metadata.step:,}; choose more, or add --restart"
         raise UserError(f"--max-steps {cfg.max_steps:,}: {at}")
@@ -2457,16 +2474,16 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
     trainer = Trainer(config, cfg, device, dtype, ctx)
+    if init:
+        weights = initial_weights(init, corpus.tokenizer.characters)
+        for network in (trainer.model, trainer.ema):
+            network.load_state_dict(weights)
     try:
         if saved:
             trainer.load_state_dict(saved.tensors, saved.metadata)
-        elif init:
-            weights = initial_weights(init, corpus.tokenizer.characters)
-            for network in (trainer.model, trainer.ema):
-                network.load_state_dict(weights)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        fix = f"cannot be resumed ({first_line(error)}); use --restart"
-        raise UserError(f"{checkpoint}: {fix}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
     return trainer, corpus, saved.replaces if saved else file_sha256(args.out)
 
 
@@ -2605,7 +2622,9 @@ def cmd_run(args: argparse.Namespace) -> None:
     else:
         metadata = read_file(out).metadata
         diff = config_diff(args, metadata, RUNTIME_OPTIONS)
-        if diff or args.data not in (None, metadata.data["names"]):
+        if not diff and args.data not in (None, metadata.data["names"]):
+            diff = f"not {text_names(args.data)}"
+        if diff:
             raise already_trained(out, metadata, diff)
         log(f"{out}: {metadata}. /help lists the commands.")
     chat_loop(load_from_args(args)[0], sampling)

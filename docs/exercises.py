@@ -41,7 +41,6 @@ def train(text: str = TEXT, steps: int = 300) -> Trainer:
     display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
     with patch.object(anexagpt, "validation_size", lambda *_: 4_000):
         anexagpt.training_loop(trainer, TOKENIZER.encode(text), display, None, lambda: False)
-    trainer.model.eval()
     return trainer
 
 
@@ -75,7 +74,7 @@ def mask() -> None:
     with patch.object(anexagpt, "attention", without_mask):
         leaky = train()
     (_, fair_loss, fair_val), (_, loss, val) = baseline().history[-1], leaky.history[-1]
-    masked, _ = anexagpt.evaluate(leaky.model, TOKENIZER.encode(TEXT[-4_000:]))
+    masked, _ = anexagpt.evaluate(leaky.ema, TOKENIZER.encode(TEXT[-4_000:]))
     print(f"with the mask:    training loss {fair_loss:.2f}, validation loss {fair_val:.2f}")
     print(f"without:          training loss {loss:.2f}, validation loss {val:.2f}")
     print(f"mask added later: validation loss {masked:.2f}; uniform guess {math.log(V):.2f}")
@@ -84,7 +83,7 @@ def mask() -> None:
 
 def temperature() -> None:
     """At temperature 0 the text repeats itself."""
-    model = Model(baseline().model, TOKENIZER, None)
+    model = Model(baseline().ema, TOKENIZER, None)
     for value in (0.0, 1.0):
         text = model.generate("The ", temperature=value, max_new=600, seed=1)
         pieces = [text[i : i + 12] for i in range(300, len(text) - 12)]
@@ -128,7 +127,7 @@ def overfit() -> None:
 
 def cache() -> None:
     """The KV cache changes the time, not the text."""
-    network, ids, T = baseline().model, TOKENIZER.encode("The "), CONFIG.block_size
+    network, ids, T = baseline().ema, TOKENIZER.encode("The "), CONFIG.block_size
     started = time.perf_counter()
     tokens = anexagpt.generate_ids(network, ids, SampleConfig(temperature=0.0), [None])
     cached = [int(next(tokens)[0]) for _ in range(200)]

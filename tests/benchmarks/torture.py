@@ -135,6 +135,8 @@ def torture(kills: int, seed: int = 1, log=lambda line: None) -> dict[str, int]:
             assert status == 2 * finished, said
             assert "Traceback" not in said, said
             found = {n: c for n, c in files(folder).items() if not n.endswith(".tmp")}
+            if finished:  # the kill came before its checkpoint was removed
+                found.pop("model.safetensors.checkpoint", None)
             assert found == expected, f"{folder} has other files: {sorted(found)}"
             shutil.rmtree(folder)
             counts["runs"] += 1
