@@ -36,7 +36,7 @@ import anexagpt
 
 FOLDER = HERE / "pictures"
 FIGURES = FOLDER / "figures.json"
-HEADS = {"1.1": "the preceding character", "3.3": "the last line end"}  # with captions
+HEADS = {"1.1": "the preceding character", "1.2": "the character before it"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
 VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 1", "quit")
 
