@@ -36,9 +36,9 @@ import anexagpt
 
 FOLDER = HERE / "pictures"
 FIGURES = FOLDER / "figures.json"
-HEADS = {"1.1": "the preceding character", "1.2": "the character before it"}  # with captions
+HEADS = {"1.2": "the preceding character", "1.4": "the character before it"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
-VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 1", "quit")
+VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 2", "quit")
 
 
 # ---- measurements --------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def model(path: Path) -> dict:
         samples=samples,
         attention=dict(text=text, heads=heads),
         muon=[[round(s, 4) for s in torch.linalg.svdvals(m).tolist()] for m in matrices],
-        chat=terminal(path, CHAT, seed=5, height=13),
+        chat=terminal(path, CHAT, seed=4, height=13),
         views=terminal(path, VIEWS, seed=3, height=25),
     )
 
