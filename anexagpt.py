@@ -81,7 +81,9 @@ from typing import BinaryIO, NamedTuple
 
 if __name__ == "__main__":  # before PyTorch, whose import takes a second
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit(print(__doc__.partition("\nThe file reads")[0]))
+        with suppress(OSError):  # nobody reads it
+            os.write(1, __doc__.partition("\nThe file reads")[0].encode() + b"\n")
+        sys.exit()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports
     # OpenMP's threads spin while they wait. Mean training step on 2 cores: 41 to 48 ms; beside two
@@ -1126,6 +1128,8 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     except FileNotFoundError:
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
         fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
+        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
+        fix += f", or use its checkpoint, {unfinished}" if unfinished.is_file() else ""
         raise UserError(f"{path}: no such file; {fix}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -1260,7 +1264,7 @@ def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
     if name in SOURCES or re.match("https?://[^/]", name, re.IGNORECASE):
         return [(download(name), "utf-8" if name in SOURCES else encoding)]
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():  # Path("") is the current folder
         files = [f for f in path.glob("[!.]*") if f.suffix.lower() in (".txt", ".md")]
         files = sorted(f for f in files if f.is_file())
         if not files:
@@ -1346,7 +1350,8 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
         sha256.update(piece.encode())
         n += len(piece)
     if seen.sum() > 65_535:
-        raise UserError(f"--data {text_names(names)}: more than 65,535 characters; is it text?")
+        kinds = "more than 65,535 different characters; is it text?"
+        raise UserError(f"--data {text_names(names)}: {kinds}")
     tokenizer = Tokenizer(build_vocab(map(chr, seen.nonzero()[0])))
     ids = np.empty(n if n < LONG_TEXT else 0, tokenizer.table.dtype)
     if n >= LONG_TEXT:
@@ -2388,6 +2393,8 @@ def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | N
         if not saved.is_checkpoint:
             raise UserError(f"{checkpoint}: is a model, not a checkpoint; {fix}")
     if args.restart:
+        if out.exists():  # nothing but a model is replaced
+            read_file(out, "choose another --out, or remove it")
         if saved and sys.stdin.isatty() and "WORLD_SIZE" not in os.environ:
             question = f"{checkpoint}: discard this run at step {saved.metadata.step:,}? [y/N] "
             print(question, end="", file=sys.stderr, flush=True)
@@ -2727,8 +2734,8 @@ def cmd_export(args: argparse.Namespace) -> None:
     for p in filter(None, (folder, path)):
         if not args.force and (any(p.iterdir()) if p.is_dir() else p.exists()):
             raise UserError(f"{p}: exists; choose another name, or add --force")
-    if folder and folder.resolve() == args.model.resolve().parent:
-        raise UserError(f"{folder}: has the model itself; choose another folder")
+        if p.resolve() in (args.model.resolve(), args.model.resolve().parent):
+            raise UserError(f"{p}: is or has the model itself; choose another name")
     model = load(args.model)
     if folder:
         files = hub_files(model, folder.resolve().name, args.license)

@@ -242,7 +242,14 @@ def test_foreign_file_at_the_checkpoints_name(cli, tiny):
 
 
 def test_model_that_was_copied_in(cli, tiny):
-    """Catches a finished model, put beside a stopped run, that the resumed run replaces."""
+    """Catches a finished model, put beside a stopped run, that the resumed run replaces, and a text
+    that --restart replaces by a model."""
+    notes = Path("notes.md")
+    notes.write_text("my notes")
+    assert cli("train", *OPTIONS, "--out", notes, "--restart").is_error(
+        "notes.md", "choose another"
+    )
+    assert notes.read_text() == "my notes"
     assert stop(cli, 10).status == 130
     checkpoint = CHECKPOINT.read_bytes()
     MODEL.write_bytes(tiny.read_bytes())

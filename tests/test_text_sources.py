@@ -138,7 +138,7 @@ def test_not_text(cli, raw, encoding, word):
 def test_several_texts(cli, read):
     """Catches texts that run into one another, names that are taken apart, and a list of names
     that does not find its texts again."""
-    Path("sub.txt").mkdir()
+    Path("sub.txt/folder.md").mkdir(parents=True)
     for name, text in {"a + b.txt": "one", "e + f.txt": "", "c d.txt": "two" * 20}.items():
         Path(name).write_text(text)
     for name, text in {"b.md": "B" * 20, "a.txt": "a\r\n", "C.txt": "C", "d.csv": "no"}.items():
