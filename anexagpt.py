@@ -1140,8 +1140,9 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
 
 
 def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
-    """The model in a model file, in one that `export` wrote, or in a checkpoint (best weights).
+    """The model in a model file, in one that `export` wrote, or in a checkpoint.
 
+    Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
     raises: UserError
     """
     metadata, tensors, partial, _ = read_file(Path(path))
