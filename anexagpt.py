@@ -72,6 +72,7 @@ import tempfile
 import textwrap
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -105,7 +106,7 @@ try:
     from prompt_toolkit.filters import Condition
     from rich.cells import cell_len, set_cell_size
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
     from safetensors import SafetensorError
     from torch import Tensor, nn
@@ -130,9 +131,9 @@ class UserError(Exception):
     """An error that the user can fix: the message gives the value, the rule and what to do."""
 
 
-def option(default, help, low=None, high=None, choices=None):
+def option(default, help, low=None, high=None):
     """Dataclass field that is also a command-line option."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
 def field_types(setting) -> list[type]:
@@ -151,8 +152,6 @@ class Config:
                 raise UserError(f"{shown} {' or '.join(t.__name__ for t in types)}")
             if None not in (value, rule["low"]) and not rule["low"] <= value <= rule["high"]:
                 raise UserError(f"{shown} from {rule['low']:,} to {rule['high']:,}")
-            if rule["choices"] and value not in rule["choices"]:
-                raise UserError(f"{shown} one of {', '.join(rule['choices'])}")
 
 
 @dataclass(frozen=True)
@@ -274,13 +273,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    if q.device.type != "cpu" and T in (1, S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    # On a CPU, in bfloat16 and at these sizes, the plain formula is faster than the fused kernel.
+    mask = None  # else (T, S): query t attends to keys 0 to S - T + t
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > 512:
+        if 1 < T < S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S)
+    # In bfloat16 on a CPU, and at these sizes, the plain formula is faster than the fused kernel.
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
-    mask = q.new_zeros(1)
-    if T > 1:  # causal: of the last T positions, number t attends to keys 0 to S - T + t
-        mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
+    mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
     scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, S)
     return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)
 
@@ -644,11 +644,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-        """Continue from a `state_dict`.  raises: LookupError, RuntimeError or ValueError"""
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise ValueError("it has values that are not finite")
-        if "loss_sum" not in tensors:
-            raise ValueError("it has diverged: only its best weights are left")
+        """Continue from a `state_dict`.  raises: LookupError, RuntimeError or TypeError"""
         self.step, self.history = metadata.step, metadata.history
         if metadata.validation_loss is not None:
             self.best_loss = metadata.validation_loss
@@ -1095,20 +1091,11 @@ def save_or_rescue(path: Path, tensors: dict[str, Tensor], header: dict[str, str
         raise UserError(f"{path}: {reason}; saved to {rescue} instead: move it here") from None
 
 
-class SavedFile(NamedTuple):
-    """A model file or a checkpoint."""
-
-    metadata: Metadata
-    tensors: dict[str, Tensor]
-    is_checkpoint: bool
-    replaces: str  # of a checkpoint: SHA-256 of the model that its run may replace
-
-
 BAD_FILE = LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError
 
 
-def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
-    """A model file or a checkpoint.  raises: UserError unless it is complete and ours
+def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[str, Tensor]]:
+    """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours
 
     The file is read, not mapped: it may be replaced while it is in use.
     """
@@ -1117,14 +1104,11 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
-            header = json.loads(file.read(size))["__metadata__"]
-            metadata = Metadata.from_header(header)
+            metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             n_bytes = 4 * GPTConfig(**metadata.config).n_parameters()
             require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
             file.seek(0)
-            tensors = safetensors.torch.load(file.read())
-        is_checkpoint = header.get("format") == "checkpoint"
-        return SavedFile(metadata, tensors, is_checkpoint, header.get("replaces", ""))
+            return metadata, safetensors.torch.load(file.read())
     except FileNotFoundError:
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
         fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
@@ -1145,22 +1129,21 @@ def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
     Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
     raises: UserError
     """
-    metadata, tensors, partial, _ = read_file(Path(path))
-    exported = "transformer.wte.weight" in tensors
-    prefix = "transformer." if exported else ""
-    if partial:
-        prefix = "ema." if metadata.validation_loss is None else "best."
+    metadata, tensors = read_file(Path(path))
+    prefixes = "", "transformer.", "best.", "ema."
+    prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
     network, weights = GPT(GPTConfig(**metadata.config)), {}
     try:
         for name, parameter in network.named_parameters():
             weight = tensors.get(prefix + name, torch.empty(0))
-            if exported and name.startswith("h.") and weight.dim() == 2:
+            if prefix == "transformer." and name.startswith("h.") and weight.dim() == 2:
                 weight = weight.t().contiguous()  # GPT-2's layout is (in, out)
             fits = weight.shape == parameter.shape and weight.dtype == torch.float32
             require(fits, f"{name} is {tuple(weight.shape)} {weight.dtype}")
             weights[name] = weight
-        require(partial or len(tensors) == len(weights), "it has other tensors")
-        require(partial or metadata.validation_loss is not None, "it has no validation_loss")
+        if prefix not in ("best.", "ema."):
+            require(len(tensors) == len(weights), "it has other tensors")
+            require(metadata.validation_loss is not None, "it has no validation_loss")
         require(weights_are_sane(weights.values()), "it has weights that are huge or not finite")
     except ValueError as error:
         raise UserError(f"{path}: not a model of Anexa: {error}; fetch it again") from None
@@ -1232,11 +1215,12 @@ def download(name: str) -> Path:
             response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
             if response.status_code != 200:
                 raise ValueError(f"HTTP status {response.status_code}")
-            length = int(response.headers.get("Content-Length") or 0) or None
-            with atomic_write(path) as file, progress_bar(length) as advance:
-                for piece in response.iter_content(1 << 16):
-                    advance(file.write(piece))
-                    if file.tell() > MAX_DOWNLOAD:
+            n_pieces = int(response.headers.get("Content-Length") or 0) / (1 << 16) or None
+            bar = dict(console=PlainConsole(), transient=True, disable=not sys.stderr.isatty())
+            with atomic_write(path) as file:
+                pieces = response.iter_content(1 << 16)
+                for piece in rich.progress.track(pieces, "", n_pieces, **bar):
+                    if file.write(piece) and file.tell() > MAX_DOWNLOAD:
                         raise ValueError(f"more than {MAX_DOWNLOAD:,} bytes")
                 file.flush()
                 if not has_ending(Path(file.name), name):
@@ -1325,8 +1309,7 @@ def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
 class Corpus:
     """A text to train or evaluate on."""
 
-    names: list[str]
-    sha256: str  # of the text in UTF-8
+    data: dict  # see Metadata.data
     tokenizer: Tokenizer
     ids: np.ndarray  # (N,)
 
@@ -1367,7 +1350,7 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
         position += len(piece)
     if position != n:
         raise UserError(f"--data {text_names(names)}: changed while it was read; try again")
-    return Corpus(names, sha256.hexdigest(), tokenizer, ids)
+    return Corpus(dict(names=names, sha256=sha256.hexdigest(), characters=n), tokenizer, ids)
 
 
 # ---- distributed ---------------------------------------------------------------------------------
@@ -1398,22 +1381,17 @@ class DistributedContext(NamedTuple):
         """Logical OR of each flag over all ranks."""
         return self.all_reduce(torch.tensor(flags, dtype=torch.int)).bool().tolist()
 
-    def gather(self, value) -> list:
-        """`value` of every rank, on every rank."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)  # pickled, but among our own processes only
-        return values
-
     def together(self, fn: Callable):
         """fn() on every rank; a UserError of one is raised on all, so that none waits for it."""
-        result = error = None
+        result, errors = None, [None] * self.world_size
         try:
             result = fn()
-        except UserError as caught:
-            error = caught
-        if errors := [e for e in self.gather(error) if e]:
-            raise errors[0]
+        except UserError as error:
+            errors[self.rank] = error
+        if self.world_size > 1:  # pickled, but among our own processes only
+            dist.all_gather_object(errors, errors[self.rank])
+        if any(errors):
+            raise next(filter(None, errors))
         return result
 
 
@@ -1467,28 +1445,18 @@ def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to the terminal; of several ranks only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
-            console = StderrConsole()
-            console.print(Text(escape_control(text)), soft_wrap=not console.is_terminal)
+            console = PlainConsole()
+            console.print(escape_control(text), soft_wrap=not console.is_terminal)
 
 
-class StderrConsole(Console):
-    """Console on stderr, whose reader or terminal may go away: a run goes on without it."""
+class PlainConsole(Console):
+    """Console that shows text as it is, and goes on where its reader or terminal goes away."""
 
-    def __init__(self):
-        super().__init__(stderr=True, highlight=False)
+    def __init__(self, stderr: bool = True):
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
         pass  # rich would end the program
-
-
-@contextmanager
-def progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes on a terminal, nothing elsewhere; gives the function that advances it."""
-    columns = rich.progress.BarColumn(), rich.progress.DownloadColumn()
-    console, hidden = StderrConsole(), not sys.stderr.isatty()
-    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
 
 
 class ProgressDisplay:
@@ -1497,7 +1465,7 @@ class ProgressDisplay:
     def __init__(self, trainer: Trainer, sample: Callable[[], str], quiet: bool, board=None):
         self.t, self.sample, self.quiet, self.board = trainer, sample, quiet, board
         self.warned, self.started, self.shown = False, (time.monotonic(), trainer.step), 0.0
-        console = StderrConsole()
+        console = PlainConsole()
         self.live = rich.live.Live(console=console, auto_refresh=False, transient=True)
         self.is_live = console.is_terminal and not quiet
         if self.is_live:
@@ -1538,13 +1506,9 @@ class ProgressDisplay:
             step, training, validation = self.t.history[-1]
             scalars = dict(training_loss=training, validation_loss=validation)
             scalars |= dict(lr_scale=lr_scale(step - 1, self.t.cfg), characters_per_second=speed)
-            try:
-                for name, value in scalars.items():
-                    self.board.add_scalar(name, value, step)
-                self.board.flush()
-            except OSError as error:
-                log(f"NOTE: --tensorboard: {error.strerror}; going on without")
-                self.board = None
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
         if self.t.overfits() and not self.warned:
             self.warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
@@ -1574,34 +1538,35 @@ def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
     return "\n".join([*lines, f"{'':9}loss in nats/char: o training, x validation"])
 
 
-class StopSignals:
-    """Within it Ctrl-C, SIGTERM and SIGHUP are noted in `caught` instead of ending the process.
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within it Ctrl-C, SIGTERM and SIGHUP go into the list instead of ending the process.
 
     Ctrl-C again, a second or more later, raises KeyboardInterrupt: a terminal, a wrapper and
     torchrun may each send a signal of their own for one key press.
     """
+    caught, times = [], []
 
-    def __enter__(self) -> StopSignals:
-        self.caught, self.since = 0, math.inf
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        self.before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
-        for number, handler in self.before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number, frame) -> None:
-        if not self.caught:
-            self.caught, self.since = number, time.monotonic()
-            message = "\nStopping after this step ... (Ctrl-C again: quit without saving)\n"
+    def handle(number, frame) -> None:
+        caught.append(number)
+        times.append(time.monotonic())
+        if len(caught) == 1:
+            message = b"\nStopping after this step ... (Ctrl-C again: quit without saving)\n"
             with suppress(OSError):  # not log, in the midst of which the signal may have come
-                os.write(2, message.encode() if os.environ.get("RANK", "0") == "0" else b"")
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+                os.write(2, message if os.environ.get("RANK", "0") == "0" else b"")
+        elif number == signal.SIGINT and times[-1] - times[0] > 1:
             raise KeyboardInterrupt
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: old for n, old in before.items() if old is not signal.SIG_IGN}  # as under nohup
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -1667,27 +1632,22 @@ def probs_view(console: Console, model: Model, text: str, cfg: SampleConfig) -> 
         if (value := getattr(cfg, name)) != getattr(active, name):
             active = replace(active, **{name: value})
             left = process_logits(logits, active, seen)[0]
-            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
             greedy = np.arange(left.size) == left.argmax()
+            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
             columns[f"{label} {value:g}"] = greedy if active.temperature == 0 else softmax(left)
-    order, n = columns["model"].argsort(kind="stable")[::-1].tolist(), max(4, console.height - 6)
-    n, room = min(12, n), max(2, (console.width - 8) // len(columns))
-    highest = max(float(p.max()) for p in columns.values())
-    lines = Text(f"After {tail(text, console.width - 20)}, in percent:\n    next")
-    lines.append("".join(f" {name[: room - 1]:<{room - 1}}" for name in columns), "bold")
-    for row in [[i] for i in order[:n]] + [order[n:]]:
-        if not row:
-            continue
-        single = len(row) == 1
+    order, n = columns["model"].argsort(kind="stable")[::-1], max(4, min(12, console.height - 6))
+    highest = max(p.max() for p in columns.values())
+    bar_width = (console.width - 8) // len(columns) - 7
+    table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
+    for row in np.split(order, range(1, n + 1)):  # the last one has all others
+        single, cells = len(row) == 1, []
+        for share in (p[row].sum() for p in columns.values()):
+            number = f"{100 * share:4.1f}" if share else "   -"
+            bar = SHADES[-1] * round(share / highest * bar_width) if single else ""
+            cells.append(f"{number} {bar}".rstrip())
         label = f"'{glyph(model.tokenizer.characters[row[0]])}'" if single else f"{len(row)} more"
-        lines.append("\n" + " " * (8 - cell_len(label)) + label)
-        for p in columns.values():
-            share = float(p[row].sum())
-            number = f"{100 * share:.{int(room > 5)}f}" if share else "-"
-            bar = SHADES[-1] * round(share / highest * (room - 7)) if single else ""
-            lines.append(f" {number:>{min(5, room - 1)}}")
-            lines.append(f" {bar:<{room - 7}}" if room > 7 else " " * (room - 6), COOL[1])
-    console.print(lines)
+        table.add_row(label, *cells)
+    console.print(f"After {tail(text, console.width - 20)}, in percent:", table)
 
 
 def why_view(console: Console, model: Model, prompt: str, answer: str) -> None:
@@ -1784,7 +1744,7 @@ class Chat:
     def __init__(self, model: Model, cfg: SampleConfig):
         self.model, self.cfg, self.done = model, cfg, False
         self.prompt = self.written = self.seed = None  # of the last answer
-        self.console = StderrConsole()
+        self.console = PlainConsole()
         self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
         self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
 
@@ -1807,7 +1767,7 @@ class Chat:
     def table(self, rows: Iterable[tuple[str, ...]]) -> None:
         grid = Table.grid(padding=(0, 1, 0, 0))
         for row in rows:
-            grid.add_row(*(Text(escape_control(cell)) for cell in row))
+            grid.add_row(*map(escape_control, row))
         self.console.print(grid)
 
     def last(self) -> str:
@@ -2191,17 +2151,9 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
 
 # ---- command line --------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class DeviceConfig(Config):
-    """Device and number format."""
-
-    device: str = option("auto", "CUDA, else MPS, else CPU", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "bfloat16 if native", choices=("auto", "float32", "bfloat16"))
-
-
 FILE = dict(type=Path, metavar="FILE")
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
+DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
 ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
     ("generate", "prompt", dict(help="text to continue")),
     ("explain", "prompt", dict(help="text to show")),
@@ -2211,14 +2163,18 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
     ("eval", "files", dict(nargs="*", metavar="FILE", help="as --data or --model")),
     ("export", "files", dict(nargs="*", metavar="FILE", help="model, folder for transformers")),
     ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
-    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text")),
+    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
-    ("run train", "--restart", dict(action="store_true", help="discard model and checkpoint")),
+    ("run train", "--restart", dict(action="store_true", help="start anew, whatever exists")),
     ("run train", "--quiet", dict(action="store_true", help="no progress")),
     ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="write losses and speed")),
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
+    ("run train chat generate explain eval", "--device",
+     dict(default="auto", choices=DEVICES, help="default: CUDA, else MPS, else CPU")),
+    ("run train eval", "--dtype",
+     dict(default="auto", choices=DTYPES, help="default: bfloat16 where it is native")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(type=int, metavar="N", help="of attn (default: the last)")),
@@ -2236,7 +2192,6 @@ SETTINGS = (
     ("run", SampleConfig, ("seed",)),
     ("chat generate", SampleConfig, ()),
     ("explain", SampleConfig, ("seed", "max_new", "stop")),
-    ("run train chat generate explain eval", DeviceConfig, ()),
 )
 
 
@@ -2257,20 +2212,18 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, config: type, skip: Iterable[str]) -> None:
         """Add an option for each field of a config dataclass."""
         group = self.add_argument_group(config.__doc__.split("\n")[0].rstrip("."))
+        metavars = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}
         for setting in fields(config):
-            rule, kind = setting.metadata, field_types(setting)[0]
-            if not rule["help"] or setting.name in skip:
+            help, kind = setting.metadata["help"], field_types(setting)[0]
+            if not help or setting.name in skip:
                 continue
-            how = dict(type=kind, choices=rule["choices"], help=rule["help"])
-            if kind is tuple:
-                how |= dict(type=unescape, action="append")
-            elif setting.default is not None:
-                how["help"] += f" (default: {setting.default})"
-            metavar = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
+            how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
+            if kind is not tuple and setting.default is not None:
+                help += f" (default: {setting.default})"
             names = [f"--{setting.name.replace('_', '-')}"] + ["-n"] * (setting.name == "max_new")
-            # What is not given stays absent: the dataclass has the default.
-            metavar = None if rule["choices"] else metavar
-            group.add_argument(*names, default=argparse.SUPPRESS, metavar=metavar, **how)
+            how |= dict(metavar=metavars[kind], help=help)
+            # What is not given stays absent: see from_args.
+            group.add_argument(*names, default=argparse.SUPPRESS, **how)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -2278,9 +2231,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if argv[:1] == ["--version"]:
         sys.exit(print(f"Anexa {__version__}"))
     commands = [name.removeprefix("cmd_") for name in globals() if name.startswith("cmd_")]
-    named = argv[:1] and argv[0] in commands
+    named = bool(argv) and argv[0] in commands
     command, *argv = argv if named else ["run", *argv]
-    if command == "run" and argv[:1] and argv[0].endswith((".safetensors", CHECKPOINT_SUFFIX)):
+    suffixes = ".safetensors", CHECKPOINT_SUFFIX
+    if command == "run" and argv and argv[0].endswith(suffixes):
         command = "chat"
     width = min(100, shutil.get_terminal_size().columns - 2)
     style = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=width)
@@ -2296,7 +2250,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.add_config(config, skip)
     args = parser.parse_intermixed_args(argv)
     for file in getattr(args, "files", ()):
-        if file.endswith((".safetensors", CHECKPOINT_SUFFIX)) and hasattr(args, "model"):
+        if file.endswith(suffixes) and hasattr(args, "model"):
             args.model = Path(file)
         elif not (named or file in (*BUILT_IN, "-") or "." in file or os.path.exists(file)):
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
@@ -2311,107 +2265,88 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def from_args(config: type[Config], args: argparse.Namespace, **defaults) -> Config:
-    """A config from the options that were given, else `defaults`, else its own defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in (defaults | given).items()}
-    return config(**values)
+def from_args(config: type[Config], args: argparse.Namespace, saved: dict | None = None) -> Config:
+    """A config from the options that were given, else from `saved`, else from its defaults."""
+    default = lambda f: (saved or {}).get(f.name, f.default)
+    values = {f.name: getattr(args, f.name, default(f)) for f in fields(config)}
+    return config(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
-def select_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and number format of the options.  raises: UserError if the device is missing"""
-    cfg, cuda, mps = from_args(DeviceConfig, args), torch.cuda, torch.backends.mps
-    available = dict(cuda=cuda.is_available(), mps=mps.is_available(), cpu=True)
-    usable = [name for name in available if available[name]]
-    name = usable[0] if cfg.device == "auto" else cfg.device
-    if name not in usable:
-        raise UserError(f"--device {name}: not found by PyTorch; choose {' or '.join(usable)}")
-    bf16 = cfg.dtype == "bfloat16"
-    if cfg.dtype == "auto" and name == "cuda":
+def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and number format of --device and --dtype.  raises: UserError if it is missing"""
+    cuda, mps = torch.cuda, torch.backends.mps
+    usable = ["cuda"] * cuda.is_available() + ["mps"] * mps.is_available() + ["cpu"]
+    device = usable[0] if device == "auto" else device
+    if device not in usable:
+        raise UserError(f"--device {device}: not found by PyTorch; choose {' or '.join(usable)}")
+    bf16 = dtype == "bfloat16"
+    if dtype == "auto" and device == "cuda":
         bf16 = cuda.is_bf16_supported(including_emulation=False)
-    elif cfg.dtype == "auto" and name == "cpu":
+    elif dtype == "auto" and device == "cpu":
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.device(name), torch.bfloat16 if bf16 else torch.float32
+    return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
-def load_from_args(args: argparse.Namespace, one_text: bool = True) -> tuple[Model, torch.dtype]:
-    """The model of --model on the device of the options, and the number format for evaluation."""
-    device, dtype = select_device(args)
+def load_from_args(args: argparse.Namespace, one_text: bool = True) -> Model:
+    """The model of --model on the device of --device."""
+    device, _ = select_device(args.device)
     model = load(args.model)
     small = model.network.config.n_parameters() < 4_000_000
-    if one_text and small and getattr(args, "device", "auto") in ("auto", "cpu"):
+    if one_text and small and args.device in ("auto", "cpu"):
         torch.set_num_threads(1)  # a second thread is no faster for one token, and slow under load
     else:
         model.network.to(device)
     if model.metadata.step < model.metadata.training.get("max_steps", 0):
         log(f"{args.model}: an unfinished run, at step {model.metadata.step:,}; its best weights")
-    return model, dtype
+    return model
 
 
 def checkpoint_path(out: Path) -> Path:
     """Where the state of an unfinished run of `out` is saved: a name that no model can have."""
-    if not out.name or out.name == ".." or out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it, e.g. {out / MODEL}")
-    if out.name.endswith(CHECKPOINT_SUFFIX):
-        raise UserError(f"--out {out}: {CHECKPOINT_SUFFIX} is for checkpoints; choose another name")
+    if out.suffix != ".safetensors" or out.is_dir():
+        rule = f"must be a file that ends in .safetensors, such as {MODEL}; choose another name"
+        raise UserError(f"--out {out}: {rule}")
     return out.with_name(out.name + CHECKPOINT_SUFFIX)
 
 
 RUNTIME_OPTIONS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # may change
 
 
-def config_diff(args: argparse.Namespace, metadata: Metadata, ignore: Iterable[str]) -> str:
+def config_diff(args: argparse.Namespace, metadata: Metadata, ignore: Iterable[str] = ()) -> str:
     """Options that ask for something else than `metadata` says; "" if none."""
     saved = metadata.config | metadata.training
     wanted = (SIZES[args.size] if args.size else {}) | vars(args)
     names = [n for n, v in wanted.items() if n in saved and v not in (None, saved[n])]
-    names = [n for n in names if n not in ignore]
+    names = [n for n in names if n not in (*RUNTIME_OPTIONS, *ignore)]
     return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
 
 
 def already_trained(out: Path, metadata: Metadata, diff: str = "") -> UserError:
     run = f"{text_names(metadata.data['names'])} ({metadata.step:,} steps{diff and '; '}{diff})"
-    fix = f"Keep it: add --out FILE. Replace it: --restart. Train on: --init {out} --out FILE"
+    fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
     return UserError(f"{out}: is already trained on {run}. {fix}")
 
 
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def find_checkpoint(args: argparse.Namespace, checkpoint: Path):
+    """The run to resume (metadata, tensors), or None to start one.
 
-
-def find_checkpoint(args: argparse.Namespace, checkpoint: Path) -> SavedFile | None:
-    """The run to resume, or None to start one.
-
-    raises: UserError if it cannot be resumed with these options, or if a model or a file would be
-    lost that this run did not write
+    raises: UserError if it cannot be resumed, or if a model would be lost
     """
-    out, saved = args.out, None
+    out, saved, fix = args.out, None, "move it away, or choose another --out"
     if os.path.lexists(checkpoint):
-        fix = "move it away, or choose another --out"
-        if not checkpoint.is_file():
-            raise UserError(f"{checkpoint}: is not a file; {fix}")
-        saved = read_file(checkpoint, fix)
-        if not saved.is_checkpoint:
+        saved = m, tensors = read_file(checkpoint, fix)
+        if "wte.weight" in tensors or "transformer.wte.weight" in tensors:
             raise UserError(f"{checkpoint}: is a model, not a checkpoint; {fix}")
     if args.restart:
-        if out.exists():  # nothing but a model is replaced
-            read_file(out, "choose another --out, or remove it")
-        if saved and sys.stdin.isatty() and "WORLD_SIZE" not in os.environ:
-            question = f"{checkpoint}: discard this run at step {saved.metadata.step:,}? [y/N] "
-            print(question, end="", file=sys.stderr, flush=True)
-            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                raise UserError("nothing was done; without --restart the run is resumed")
         return None
-    if saved and (diff := config_diff(args, saved.metadata, (*RUNTIME_OPTIONS, "max_steps"))):
+    if saved and out.exists():
+        fix = f"Resume the run: move the model away. Keep the model: move {checkpoint} away"
+        raise UserError(f"{out}: is a finished model beside an unfinished run. {fix}")
+    if out.exists():
+        raise already_trained(out, read_file(out)[0])
+    if saved and (diff := config_diff(args, m, ["max_steps"])):
         fix = "to resume, drop these options; to discard it, add --restart"
-        raise UserError(f"{checkpoint}: is at step {saved.metadata.step:,} with {diff}; {fix}")
-    if saved and out.exists() and file_sha256(out) != saved.replaces:
-        fix = (
-            f"Keep it: move {checkpoint} away. Resume: move the model away. Discard both: --restart"
-        )
-        raise UserError(f"{out}: is not the model that {checkpoint} may replace. {fix}")
-    if not saved and out.exists():
-        raise already_trained(out, read_file(out).metadata)
+        raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
     return saved
 
 
@@ -2433,172 +2368,151 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
     return model.network.state_dict() | {"wte.weight": embeddings}
 
 
-def check_corpus(corpus: Corpus, block_size: int) -> None:
-    """Raise UserError if the text cannot be trained on."""
-    n, needed, name = len(corpus.ids), 10 * (block_size + 1), text_names(corpus.names)
-    if n < needed:
+def prepare_run(args, checkpoint: Path, device, ctx) -> tuple[Trainer, Corpus]:
+    """Trainer and text of a new run, or of the unfinished one.
+
+    A setting comes from the options, else from the unfinished run, else from the model of --init,
+    else it has its default.  raises: UserError
+    """
+    m, tensors = find_checkpoint(args, checkpoint) or (None, {})
+    init, dtype = None, args.dtype
+    if m and dtype == "auto":
+        dtype = m.training.get("dtype", dtype)
+    device, dtype = select_device(device.type, dtype)
+    cfg = from_args(TrainConfig, args, m and m.training)
+    if m and m.step >= cfg.max_steps:
+        fix = f"the run is at step {m.step:,}; choose more, or add --restart"
+        raise UserError(f"--max-steps {cfg.max_steps:,}: {fix}")
+    if cfg.init and not m:
+        init, names = load(cfg.init), (f.name for f in fields(TrainConfig))
+        if diff := config_diff(args, init.metadata, ["dropout", *names]):
+            raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
+    shape = m.config if m else init.metadata.config if init else SIZES[args.size or "small"]
+    config = from_args(GPTConfig, args, shape | dict(vocab_size=2))
+    corpus = load_corpus(args.data or (saved_names(m) if m else None), args.encoding)
+    data, n = text_names(corpus.data["names"]), len(corpus.ids)
+    if n < (needed := 10 * (config.block_size + 1)):
         fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
-        raise UserError(f"--data {name}: {n:,} characters, but {fix}")
+        raise UserError(f"--data {data}: {n:,} characters, but {fix}")
     if not all(part.any() for part in split_ids(corpus.ids)):
         fix = "save it again, or give its real --encoding"
-        raise UserError(f"--data {name}: U+FFFD, the mark of broken characters, all over; {fix}")
-
-
-def check_memory(config: GPTConfig, cfg: TrainConfig, device: torch.device) -> None:
-    """Raise UserError if attention alone exceeds the memory: the kernel would kill silently."""
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        n_scores = cfg.batch_size // cfg.grad_accum * config.n_head * config.block_size**2
-        needed = 22 * config.n_layer * n_scores  # bytes, measured
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > memory:
-            sizes = f"attention needs {needed / 1e9:,.0f} GB, and there are {memory / 1e9:,.0f}"
-            fix = "take a smaller one, or a larger --grad-accum"
-            raise UserError(f"--block-size {config.block_size:,}: {sizes}; {fix}")
-
-
-def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Corpus, str]:
-    """Trainer and text of a new or of the unfinished run, and SHA-256 of the model it replaces.
-
-    Settings come from the options, else from the unfinished run, else from --init, else they have
-    their defaults.  raises: UserError
-    """
-    saved = find_checkpoint(args, checkpoint)
-    names = [f.name for f in fields(TrainConfig)]
-    old = {n: v for n, v in saved.metadata.training.items() if n in names} if saved else {}
-    cfg = from_args(TrainConfig, args, **old)
-    if saved and not hasattr(args, "dtype"):
-        dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16)
-        dtype = dtypes.get(saved.metadata.training.get("dtype"), dtype)
-    if saved and saved.metadata.step >= cfg.max_steps:
-        at = f"the run is at step {saved.metadata.step:,}; choose more, or add --restart"
-        raise UserError(f"--max-steps {cfg.max_steps:,}: {at}")
-    init = load(cfg.init) if cfg.init and not saved else None
-    if init and (diff := config_diff(args, init.metadata, (*names, "dropout", *RUNTIME_OPTIONS))):
-        raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
-    source = saved.metadata if saved else init.metadata if init else None
-    shape = source.config if source else SIZES[args.size or "small"]
-    config = from_args(GPTConfig, args, **(shape | dict(vocab_size=2)))
-    texts = args.data or (saved_names(saved.metadata) if saved else None)
-    corpus = load_corpus(texts, args.encoding)
-    check_corpus(corpus, config.block_size)
-    if saved and corpus.sha256 != saved.metadata.data["sha256"]:
+        raise UserError(f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
+    if m and corpus.data["sha256"] != m.data["sha256"]:
         fix = "to resume, give that text; to discard the run, add --restart"
-        raise UserError(f"--data {text_names(corpus.names)}: not the text of the run; {fix}")
+        raise UserError(f"--data {data}: not the text of the run; {fix}")
     cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
     if cfg.batch_size < ctx.world_size:
         rule = f"must be at least {ctx.world_size}, the number of ranks"
         raise UserError(f"--batch-size {cfg.batch_size}: {rule}")
-    check_memory(config, cfg, device)
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
     trainer = Trainer(config, cfg, device, dtype, ctx)
-    if init:
-        weights = initial_weights(init, corpus.tokenizer.characters)
-        for network in (trainer.model, trainer.ema):
-            network.load_state_dict(weights)
     try:
-        if saved:
-            trainer.load_state_dict(saved.tensors, saved.metadata)
+        if init:
+            for network in (trainer.model, trainer.ema):
+                network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
+        if m:
+            trainer.load_state_dict(tensors, m)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
-    return trainer, corpus, saved.replaces if saved else file_sha256(args.out)
-
-
-def lock_training(out: Path) -> ExitStack:
-    """Hold the lock that lets one process at a time train `out`.  raises: UserError"""
-    path, stack = out.with_name(f".{out.name}.lock"), ExitStack()
-    try:
-        stack.enter_context(filelock.FileLock(path).acquire(timeout=0))
-    except OSError as error:  # Timeout is one, also where no file can be made
-        reason = f"cannot be written ({error.strerror or 'no lock file'}); choose another folder"
-        if isinstance(error, filelock.Timeout) and path.exists():
-            reason = "another process trains it; wait, or choose another"
-        raise UserError(f"--out {out}: {reason}") from None
-    if os.name == "posix":  # Windows removes no open file
-        stack.callback(path.unlink, missing_ok=True)
-    return stack
-
-
-def cmd_train(args: argparse.Namespace) -> None:
-    checkpoint = checkpoint_path(args.out)
-    if args.tensorboard:
-        optional("torch.utils.tensorboard")
-    device, dtype = select_device(args)
-    with init_distributed(device) as ctx:
-        if ctx.rank:
-            args.quiet, args.tensorboard = True, None
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint.exists():
-            args.restart = False  # asked for once, not at each restart after a failure
-        with ctx.together(lambda: ExitStack() if ctx.rank else lock_training(args.out)):
-            run = ctx.together(lambda: prepare_run(args, checkpoint, device, dtype, ctx))
-            t, corpus, replaces = run
-            settings = t.model.config, t.cfg, t.step, t.dtype, corpus.sha256
-            if len(set(ctx.gather(settings))) > 1:
-                raise UserError("torchrun: the ranks differ in options, text or checkpoint")
-            run_training(args, t, corpus, checkpoint, replaces)
+    return trainer, corpus
 
 
 def log_run(t: Trainer, corpus: Corpus) -> None:
     """Log text, network, device and schedule."""
-    if len(corpus.ids) < 100_000:
-        log(f"NOTE: {len(corpus.ids):,} characters are few: expect scraps of words, not sentences.")
     cfg, T, (train_ids, val_ids) = t.cfg, t.model.config.block_size, split_ids(corpus.ids)
-    covered = min(len(val_ids), validation_size(cfg, T))
+    n, epochs = len(corpus.ids), cfg.max_steps * cfg.batch_size * T / len(train_ids)
+    if n < 100_000:
+        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
     log(
-        f"{text_names(corpus.names)}: {len(corpus.ids):,} characters, {len(corpus.tokenizer) - 1} "
+        f"{text_names(corpus.data['names'])}: {n:,} characters, {len(corpus.tokenizer) - 1} "
         f"different; {t.model.config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
-        f"{str(t.dtype).removeprefix('torch.')}, processes: {t.ctx.world_size}; "
-        f"{cfg.max_steps:,} steps of {cfg.batch_size:,} x {T:,} characters, "
-        f"{cfg.max_steps * cfg.batch_size * T / len(train_ids):,.1f} epochs, dropout "
-        f"{t.model.config.dropout}; validation on {covered:,} of {len(val_ids):,} characters"
+        f"{dtype_name(t.dtype)}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
+        f"{cfg.batch_size:,} x {T:,} characters, {epochs:,.1f} epochs, dropout "
+        f"{t.model.config.dropout}; validation on "
+        f"{min(len(val_ids), validation_size(cfg, T)):,} of {len(val_ids):,} characters"
     )
 
 
-def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: str) -> None:
-    """Train, and save the model; or save a checkpoint, if a signal asks for it.
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    replaces: SHA-256 of the model in the place of --out, which this run may replace
-    """
-    out, finished = args.out, False
-    data = dict(names=corpus.names, sha256=corpus.sha256, characters=len(corpus.ids))
-    training = asdict(t.cfg) | dict(device=t.device.type, dtype=str(t.dtype).removeprefix("torch."))
+
+def lock_training(out: Path) -> filelock.BaseFileLock:
+    """The lock, held, that lets one process at a time train `out`.  raises: UserError"""
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:  # Timeout is one, also where no file can be made
+        reason = f"cannot be written ({error.strerror or 'no lock file'}); choose another folder"
+        if isinstance(error, filelock.Timeout) and os.path.exists(lock.lock_file):
+            reason = "another process trains it; wait, or choose another"
+        raise UserError(f"--out {out}: {reason}") from None
+    return lock
+
+
+def cmd_train(args: argparse.Namespace) -> None:
+    checkpoint, (device, _) = checkpoint_path(args.out), select_device(args.device)
+    if args.tensorboard:
+        optional("torch.utils.tensorboard")  # an error now, not after reading the text
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint.exists():
+        args.restart = False  # asked for once, not at each restart after a failure
+    with init_distributed(device) as ctx, ExitStack() as stack:
+        args.quiet |= ctx.rank > 0
+
+        def prepare() -> tuple[Trainer, Corpus]:
+            if ctx.rank == 0:
+                stack.enter_context(lock_training(args.out))
+            return prepare_run(args, checkpoint, device, ctx)
+
+        t, corpus = ctx.together(prepare)
+        settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data))
+        digest = torch.tensor(zlib.crc32(settings.encode()))
+        if ctx.all_reduce(digest.clone()) != ctx.world_size * digest:
+            raise UserError("torchrun: the ranks differ in options, text or checkpoint")
+        run_training(args, t, corpus, checkpoint)
+
+
+def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
+    """Train, and save the model; or save a checkpoint, if a signal asks for it."""
+    out, rank, vocab = args.out, t.ctx.rank, corpus.tokenizer.characters
+    training = asdict(t.cfg) | dict(device=t.device.type, dtype=dtype_name(t.dtype))
 
     def metadata() -> Metadata:
-        loss, characters = t.best_loss if t.best else None, corpus.tokenizer.characters
+        loss = t.best_loss if t.best else None
         config = asdict(t.model.config)
-        return Metadata(config, characters, data, training, t.step, loss, t.history)
+        return Metadata(config, vocab, corpus.data, training, t.step, loss, t.history)
 
     def sample() -> str:
-        model = Model(t.ema, corpus.tokenizer, metadata())
-        return model.generate("\n", max_new=60, seed=0)
+        return Model(t.ema, corpus.tokenizer, metadata()).generate("\n", max_new=60, seed=0)
 
     def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
-        if t.ctx.rank == 0:
-            header = metadata().to_header(format="checkpoint", replaces=replaces)
+        if rank == 0:
             try:
-                (save_or_rescue if stop else save_tensors)(checkpoint, tensors, header)
+                save = save_or_rescue if stop else save_tensors
+                save(checkpoint, tensors, metadata().to_header(format="checkpoint"))
             except OSError as error:
-                if stop:
-                    raise
                 log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
 
     if t.step:
         log(f"Resuming {checkpoint} at step {t.step:,}.")
-    elif t.ctx.rank == 0:
+    elif rank == 0:
         checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
+        if out.exists():  # --restart
+            log(f"{out}: is kept as {out.replace(out.with_stem(f'{out.stem}.old'))}")
     if not args.quiet:
         log_run(t, corpus)
     reuse_freed_memory()
     board = None
-    if args.tensorboard:
+    if args.tensorboard and rank == 0:
         writer = optional("torch.utils.tensorboard").SummaryWriter
         board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
     display = ProgressDisplay(t, sample, args.quiet, board)
-    with StopSignals() as signals:
+    with stop_signals() as caught:
         try:
-            training_loop(t, corpus.ids, display, save_checkpoint, lambda: bool(signals.caught))
+            training_loop(t, corpus.ids, display, save_checkpoint, lambda: bool(caught))
         except Diverged as error:
             if not t.best:
                 raise
@@ -2608,9 +2522,10 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: s
         finally:
             display.close()
         finished = t.step == t.cfg.max_steps
-        if finished and t.ctx.rank == 0:
+        if finished and rank == 0:
             if not args.quiet:
-                log(f"{loss_chart(t.history)}\n{metadata()}. At the prompt, /help lists commands.")
+                hint = " At the prompt, /help lists commands." * (args.command == "run")
+                log(f"{loss_chart(t.history)}\n{metadata()}.{hint}")
             log("Training finished...")
             save_or_rescue(out, t.best, metadata().to_header())
             checkpoint.unlink(missing_ok=True)
@@ -2619,8 +2534,8 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path, replaces: s
         again = " without --restart" if args.restart else ""
         log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
         log(f"The same command{again} resumes it.")
-    if signals.caught or not finished:
-        raise SystemExit(128 + (signals.caught or signal.SIGINT))
+    if caught or not finished:
+        raise SystemExit(128 + (caught[0] if caught else signal.SIGINT))
 
 
 def reuse_freed_memory() -> None:
@@ -2639,18 +2554,18 @@ def cmd_run(args: argparse.Namespace) -> None:
     if args.restart or os.path.lexists(checkpoint_path(out)) or not out.exists():
         cmd_train(args)
     else:
-        metadata = read_file(out).metadata
-        diff = config_diff(args, metadata, RUNTIME_OPTIONS)
+        metadata, _ = read_file(out)
+        diff = config_diff(args, metadata)
         if not diff and args.data not in (None, metadata.data["names"]):
             diff = f"not {text_names(args.data)}"
         if diff:
             raise already_trained(out, metadata, diff)
         log(f"{out}: {metadata}. /help lists the commands.")
-    chat_loop(load_from_args(args)[0], sampling)
+    chat_loop(load_from_args(args), sampling)
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
-    sampling, (model, _) = from_args(SampleConfig, args), load_from_args(args)
+    sampling, model = from_args(SampleConfig, args), load_from_args(args)
     log(f"{args.model}: {model.metadata}. /help lists the commands.")
     chat_loop(model, sampling)
 
@@ -2659,7 +2574,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     cfg, n = from_args(SampleConfig, args), args.samples
     if not 1 <= n <= 10_000:
         raise UserError(f"--samples {n:,}: must be from 1 to 10,000")
-    model, _ = load_from_args(args, one_text=n == 1)
+    model = load_from_args(args, one_text=n == 1)
     prompt = normalized(model, args.prompt)
     if n == 1:
         write_stdout(prompt)
@@ -2674,11 +2589,11 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    model, _ = load_from_args(args)
+    model = load_from_args(args)
     cfg, (text, _) = from_args(SampleConfig, args), model.tokenizer.normalize_prompt(args.prompt)
     if not text:
         raise UserError(f"{args.prompt!r}: no character that the model knows; give another text")
-    console = Console(highlight=False)
+    console = PlainConsole(stderr=False)
     views = dict(
         tokens=lambda: tokens_view(console, model, args.prompt),
         probs=lambda: probs_view(console, model, text, cfg),
@@ -2691,10 +2606,10 @@ def cmd_explain(args: argparse.Namespace) -> None:
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    model, dtype = load_from_args(args, one_text=False)
+    model, dtype = load_from_args(args, one_text=False), select_device(args.device, args.dtype)[1]
     corpus = load_corpus(args.data or saved_names(model.metadata), args.encoding)
-    name, part, ids = text_names(corpus.names), "whole text", corpus.ids
-    if corpus.sha256 == model.metadata.data["sha256"]:
+    name, part, ids = text_names(corpus.data["names"]), "whole text", corpus.ids
+    if corpus.data["sha256"] == model.metadata.data["sha256"]:
         part, ids = "validation part", split_ids(ids)[1]
     ids = model.tokenizer.encode(corpus.tokenizer.characters)[ids]  # the model's ids
     unknown = int((ids == 0).sum())
@@ -2710,13 +2625,13 @@ def cmd_eval(args: argparse.Namespace) -> None:
 
 
 def cmd_info(args: argparse.Namespace) -> None:
-    m, _, is_checkpoint, _ = read_file(args.model)
+    m, tensors = read_file(args.model)
     if args.json:
         return print(json.dumps(asdict(m)))
     listed = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v is not None)
     config, data, path = GPTConfig(**m.config), m.data, args.model
     rows = {
-        "checkpoint" if is_checkpoint else "model": f"{path}, {m}",
+        "checkpoint" if "loss_sum" in tensors else "model": f"{path}, {m}",
         "network": f"{config.n_parameters():,} parameters: {listed(m.config)}",
         "characters": f"{len(m.characters) - 1:,}: {''.join(map(glyph, m.characters[1:201]))}",
         "data": f"{text_names(data['names'])}, {data['characters']:,} characters, SHA-256 "

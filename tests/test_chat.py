@@ -108,19 +108,19 @@ def test_probs(model, cli, monkeypatch, settings, columns):
         logits = STAGES[name](logits, value, seen)
         expected += [softmax(logits)] if (name, value) != ("temperature", 1.0) else []
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    rows = cli("explain", prompt, "--view", "probs", *options).out.splitlines()[2:]
-    assert max(map(cell_len, rows)) <= columns and len(rows) == 13 and "21 more" in rows[-1]
-    order, tolerance = expected[0].argsort()[::-1], 0.051 if columns == 80 else 0.51
+    title, *lines = cli("explain", prompt, "--view", "probs", *options).out.splitlines()
+    rows, header = lines[-13:], " ".join(" ".join(lines[:-13]).split())
+    assert title.startswith("After '") and ("model" in header or columns == 40)
+    assert max(map(cell_len, lines)) <= columns and rows[-1].startswith("21 more")
+    order, room = expected[0].argsort()[::-1], (columns - 8) // len(expected) - 7
     for row, which in zip(rows, [*([i] for i in order[:12]), order[12:]], strict=True):
         assert len(which) > 1 or repr(model.tokenizer.characters[which[0]]).strip('"') in row[:8]
-        numbers = [0.0 if n == "-" else float(n) for n in re.findall(r"[\d.]+|-", row[8:])]
-        shares = [100 * p[which].sum() for p in expected]
-        assert numbers == pytest.approx(shares, abs=tolerance)
-        if columns == 80 and len(which) == 1:  # all bars have one scale
-            room = 72 // len(expected)
-            bars = [row[8 + i * room :][:room].count("█") for i in range(len(expected))]
-            lengths = [share / 100 * (room - 7) / np.max(expected) for share in shares]
-            assert bars == pytest.approx(lengths, abs=0.6)
+        numbers, bars = zip(*re.findall(r"([\d.]+|-) ?(█*)", row[8:]), strict=True)
+        shares = [p[which].sum() for p in expected]
+        numbers = [0.0 if n == "-" else float(n) / 100 for n in numbers]
+        assert numbers == pytest.approx(shares, abs=0.00051)
+        lengths = [s / np.max(expected) * max(0, room) * (len(which) == 1) for s in shares]
+        assert list(map(len, bars)) == pytest.approx(lengths, abs=0.51)  # all have one scale
 
 
 @pytest.mark.parametrize("columns", [80, 60])

@@ -313,10 +313,3 @@ def test_broken_files_environments_and_packages(model, cli, monkeypatch):
     model.write_bytes(model.read_bytes()[:-100])
     for command in (["chat"], [], ["generate", "x"], ["info"], ["export", "hf"]):
         assert cli(*command).is_error("model.safetensors", "not a complete model")
-
-
-def test_more_memory_than_there_is(cli, tmp_path):
-    """Catches a run that the kernel kills without a word."""
-    (tmp_path / "t.txt").write_text("the cat saw a dog. " * 3_000)
-    options = ["--block-size", 4096, "--batch-size", 100_000, "--device", "cpu", "--quiet"]
-    assert cli("train", "t.txt", *options).is_error("--block-size 4,096", "GB", "--grad-accum")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from conftest import prose
 
-from anexagpt import SIZES, DeviceConfig, GPTConfig, SampleConfig, TrainConfig, UserError, load
+from anexagpt import SIZES, GPTConfig, SampleConfig, TrainConfig, UserError, load
 
 LIMITS = [  # option, the last value that is allowed, the first that is not, the limit
     ("--block-size", 2, 1, "2"),
@@ -48,7 +48,6 @@ WRONG = [
     (SampleConfig, "temperature", math.nan),
     (SampleConfig, "stop", "text"),
     (SampleConfig, "stop", ("",)),
-    (DeviceConfig, "device", "tpu"),
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from anexagpt import GPT, GPTConfig, KVCache, load
+from anexagpt import GPT, GPTConfig, KVCache, attention, load
 
 SMALL = GPTConfig(vocab_size=31, block_size=24, n_layer=3, n_head=4, n_embd=32, dropout=0.0)
 
@@ -95,6 +95,20 @@ def test_logits_equal_the_formula(training):
     model, ids = network(dtype=torch.float64).train(training), some_ids(2, 24)
     expected = by_the_formula(model.state_dict(), ids, 4, exact=training)
     torch.testing.assert_close(model(ids), expected, atol=1e-11, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, S", [(1, 24), (5, 24), (24, 24), (1, 600), (5, 600), (600, 600)])
+def test_attention(dtype, T, S):
+    """Catches a kernel or a mask that is wrong for some shape or number format."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 3, n, 8).to(dtype) for n in (T, S, S))
+    scores = q.double() @ k.double().mT / 8**0.5
+    future = torch.arange(S) > torch.arange(S - T, S)[:, None]
+    expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
+    atol = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(attention(q, k, v).double(), expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()

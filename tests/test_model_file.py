@@ -244,21 +244,20 @@ def test_foreign_file_at_the_checkpoints_name(cli, tiny):
 def test_model_that_was_copied_in(cli, tiny):
     """Catches a finished model, put beside a stopped run, that the resumed run replaces, and a text
     that --restart replaces by a model."""
-    notes = Path("notes.md")
-    notes.write_text("my notes")
-    assert cli("train", *OPTIONS, "--out", notes, "--restart").is_error(
-        "notes.md", "choose another"
-    )
-    assert notes.read_text() == "my notes"
+    Path("notes.md").write_text("my notes")
+    result = cli("train", *OPTIONS, "--out", "notes.md", "--restart")
+    assert result.is_error("notes.md", "choose another")
+    assert Path("notes.md").read_text() == "my notes"
     assert stop(cli, 10).status == 130
     checkpoint = CHECKPOINT.read_bytes()
     MODEL.write_bytes(tiny.read_bytes())
     for command in ("train", "run"):
-        assert cli(command, *OPTIONS).is_error(str(MODEL), "--restart")
+        assert cli(command, *OPTIONS).is_error(str(MODEL), str(CHECKPOINT), "move")
         assert MODEL.read_bytes() == tiny.read_bytes() and CHECKPOINT.read_bytes() == checkpoint
     assert cli("train", *OPTIONS, "--out", MODEL.with_stem("other")).status == 0
     assert cli("train", *OPTIONS, "--restart").status == 0
     assert MODEL.read_bytes() != tiny.read_bytes() and not CHECKPOINT.exists()
+    assert MODEL.with_stem("model.old").read_bytes() == tiny.read_bytes()
 
 
 def test_use_of_a_checkpoint(cli):

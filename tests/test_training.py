@@ -229,6 +229,7 @@ def test_only_the_seed_decides(cli, text):
     """Catches randomness beside the seed, and evaluations or checkpoints that change a run."""
     options = [*TINY, "--dropout", 0.2, "--max-steps", 40]
     runs = {"a": (5, 40, 60), "b": (5, 8, 0), "c": (6, 40, 60)}
+    runs = {f"{name}.safetensors": run for name, run in runs.items()}
     for name, (seed, interval, seconds) in runs.items():
         torch.manual_seed(interval)
         given = ["--seed", seed, "--eval-interval", interval, "--checkpoint-interval", seconds]
@@ -245,19 +246,20 @@ def test_resuming_changes_nothing(cli, text, stops):
     """Catches any part of the state that is lost: momentum, steps, random state, losses, best."""
     options = ["train", "t.txt", *TINY, "--dropout", 0.2, "--max-steps", 24, "--eval-interval", 8]
     options += ["--checkpoint-interval", 0]
-    assert cli(*options, "--out", "whole").status == 0
+    whole, parts = Path("whole.safetensors"), Path("parts.safetensors")
+    checkpoint = Path("parts.safetensors.checkpoint")
+    assert cli(*options, "--out", whole).status == 0
     for n in stops:
         torch.manual_seed(n)
         with interrupt_at(n):  # n steps after the last stop
-            result = cli(*options, "--out", "parts")
+            result = cli(*options, "--out", parts)
         assert result.status == 130 and "resumes" in result.err, result
-        assert not Path("parts").exists() and load("parts.checkpoint").metadata.step <= sum(stops)
-    result = cli(*options, "--out", "parts")
+        assert not parts.exists() and load(checkpoint).metadata.step <= sum(stops)
+    result = cli(*options, "--out", parts)
     assert result.status == 0 and f"step {sum(stops)}" in result.err
-    whole, parts = load_file("whole"), load_file("parts")
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-    assert metadata("whole") == metadata("parts")
-    assert not Path("parts.checkpoint").exists()
+    a, b = load_file(whole), load_file(parts)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert metadata(whole) == metadata(parts) and not checkpoint.exists()
 
 
 def test_init_never_ends_worse(cli, tiny):
