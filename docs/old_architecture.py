@@ -21,7 +21,7 @@ import random
 import struct
 import sys
 import tempfile
-import unicodedata
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, repeat
 from operator import mul
@@ -401,11 +401,7 @@ def require(condition, rule):
 
 
 def read_model(file, size):
-    """(config, characters, state_dict) in a file of `size` bytes, which may hold anything.
-
-    Nothing large is read or allocated before the header's claims are compared with `size`. What
-    is missing or of a wrong type raises whatever its use raises; load_model catches it.
-    """
+    """(config, characters, state_dict) in a file of `size` bytes, which may hold anything."""
     n = int.from_bytes(file.read(8), "little")
     require(n <= min(size - 8, 10**8), "header longer than the file")
     header = json.loads(file.read(n))
@@ -422,9 +418,10 @@ def read_model(file, size):
         shape, start, end = shapes[name], end, end + 4 * math.prod(shapes[name])
         entry = dict(dtype="F32", shape=[*shape], data_offsets=[start, end])
         require(header[name] == entry, f"{name} is not {entry}")
-        floats = [x for (x,) in struct.iter_unpack("<f", file.read(end - start))]
+        floats = struct.unpack(f"<{(end - start) // 4}f", file.read(end - start))
         require(all(abs(x) < 1e3 for x in floats), f"{name} is not finite, or absurdly large")
-        state_dict[name] = [floats[i : i + shape[-1]] for i in range(0, len(floats), shape[-1])]
+        rows = range(0, len(floats), shape[-1])
+        state_dict[name] = [[*floats[i : i + shape[-1]]] for i in rows]
     return config, characters, state_dict
 
 
@@ -511,10 +508,8 @@ def generate_ids(ids, state_dict, config, temperature, rng):
 
 
 def escape_control(text):
-    """`text` with control, format and surrogate characters as escapes such as \\x1b."""
-    safe = "\n\t\u00ad\u200c\u200d"  # the last three: soft hyphen, joiners of scripts and emoji
-    unsafe = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {*safe}
-    return text.translate({ord(c): ascii(c)[1:-1] for c in unsafe})
+    """`text` with control and other invisible characters as escapes such as \\x1b."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def log(text="", end="\n"):
@@ -533,17 +528,15 @@ def chat(config, characters, state_dict, temperature, max_new):
         prompt = "".join(c for c in line if c in characters[1:])
         if prompt != line:
             log("(left out the characters that the model does not know)")
-        if prompt:
-            log("Response: ", end="")
-            print(show(prompt), end="", flush=True)
-            ids = encode(prompt, characters)
-            stream = generate_ids(ids, state_dict, config, temperature, random)
-            try:
-                for i in islice(stream, max_new):
-                    print(show(characters[i]), end="", flush=True)
-            except KeyboardInterrupt:
-                pass  # stops this response, not the program
-            print(flush=True)
+        if not prompt:
+            continue
+        log("Response: ", end="")
+        print(show(prompt), end="", flush=True)
+        ids = generate_ids(encode(prompt, characters), state_dict, config, temperature, random)
+        with suppress(KeyboardInterrupt):  # stops this response, not the program
+            for i in islice(ids, max_new):
+                print(show(characters[i]), end="", flush=True)
+        print(flush=True)
     log()
 
 
