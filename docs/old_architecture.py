@@ -244,8 +244,10 @@ def cross_entropy(logits, targets):  # (T, V), (T,) -> scalar
 # ---- model ---------------------------------------------------------------------------------------
 
 
-class UserError(ValueError):
-    """An error that the user can fix, in one line: the value, the rule, what to do."""
+def require(condition, message):
+    """Raise ValueError with a message of one line: the value, the rule, what to do."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,9 @@ class GPTConfig:
 
     def __post_init__(self):
         sizes = [self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd]
-        if not all(type(n) is int and 0 < n < 2**21 for n in sizes) or self.n_embd % self.n_head:
-            raise UserError(f"not positive integers with n_embd a multiple of n_head: {self}")
+        valid = all(type(n) is int and 0 < n < 2**21 for n in sizes)
+        fits = valid and self.n_embd % self.n_head == 0
+        require(fits, f"not positive integers with n_embd a multiple of n_head: {self}")
 
 
 def parameter_shapes(config):
@@ -395,11 +398,6 @@ def save_model(path, config, state_dict, metadata):
         temporary.unlink(missing_ok=True)
 
 
-def require(condition, rule):
-    if not condition:
-        raise ValueError(rule)
-
-
 def read_model(file, size):
     """(config, characters, state_dict) in a file of `size` bytes, which may hold anything."""
     n = int.from_bytes(file.read(8), "little")
@@ -426,13 +424,13 @@ def read_model(file, size):
 
 
 def load_model(path):
-    """(config, characters, state_dict) of a model file; UserError if damaged, or not of Anexa."""
+    """(config, characters, state_dict) of a model file.  raises: ValueError if it is damaged"""
     try:
         with open(path, "rb") as file:
             return read_model(file, os.fstat(file.fileno()).st_size)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: not a whole model of Anexa ({reason}); get it again") from None
+        raise ValueError(f"{path}: not a whole model of Anexa ({reason}); get it again") from None
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -464,8 +462,8 @@ def train(ids, config, max_steps, learning_rate, seed):
         loss.backward()
         optimizer.step(learning_rate * (1 - (step - 1) / max_steps))  # linear decay to zero
         losses.append(loss.data)
-        if not math.isfinite(loss.data):
-            raise UserError(f"--learning-rate {learning_rate}: loss {loss.data}, lower it")
+        too_high = f"--learning-rate {learning_rate}: loss {loss.data}, lower it"
+        require(math.isfinite(loss.data), too_high)
         if step % -(-max_steps // 10) == 0 or step == max_steps:
             mean, val_loss = sum(losses) / len(losses), estimate_loss(ids[n:], state_dict, config)
             log(f"step {step:,}/{max_steps:,}: loss {mean:.4f}, validation loss {val_loss:.4f}")
@@ -568,8 +566,8 @@ def train_and_save(args):
     name, text = args.data.name, args.data.read_text(encoding="utf-8-sig")
     characters = build_vocab(text)
     config = GPTConfig(len(characters), args.block_size, args.n_layer, args.n_head, args.n_embd)
-    if len(text) < 20 * config.block_size:  # a window has to fit into the last tenth
-        raise UserError(f"--data {name}: {len(text)} characters, fewer than 20 * --block-size")
+    enough = len(text) >= 20 * config.block_size  # a window has to fit into the last tenth
+    require(enough, f"--data {name}: {len(text)} characters, fewer than 20 * --block-size")
     tempfile.TemporaryFile(dir=args.out.parent).close()  # if this fails, so would saving
     log(f"{name}: {len(text):,} characters, {config}")
     training = dict(max_steps=args.max_steps, learning_rate=args.learning_rate, seed=args.seed)
@@ -597,7 +595,7 @@ def main(argv):
         return 0
     except BrokenPipeError:
         os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
-    except (OSError, UnicodeDecodeError, UserError) as error:
+    except (OSError, ValueError) as error:
         log(f"{Path(__file__).name}: {error}")
         return 2
     except KeyboardInterrupt:
