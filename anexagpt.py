@@ -74,7 +74,7 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -2151,18 +2151,13 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
 
 # ---- command line --------------------------------------------------------------------------------
 
+unescape = lambda text: text.replace("\\n", "\n")
 FILE = dict(type=Path, metavar="FILE")
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
-DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
 ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
-    ("generate", "prompt", dict(help="text to continue")),
-    ("explain", "prompt", dict(help="text to show")),
+    ("generate explain", "prompt", dict(help="text to continue, or to show")),
     ("push", "name", dict(metavar="USER/NAME", help="name of the model on the Hub")),
-    ("run train", "files", dict(nargs="*", metavar="TEXT", help="as --data")),
-    ("chat info", "files", dict(nargs="*", metavar="MODEL", help="as --model")),
-    ("eval", "files", dict(nargs="*", metavar="FILE", help="as --data or --model")),
-    ("export", "files", dict(nargs="*", metavar="FILE", help="model, folder for transformers")),
-    ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
+    ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
@@ -2172,9 +2167,9 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
     ("run train chat generate explain eval", "--device",
-     dict(default="auto", choices=DEVICES, help="default: CUDA, else MPS, else CPU")),
+     dict(default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: GPU, else CPU")),
     ("run train eval", "--dtype",
-     dict(default="auto", choices=DTYPES, help="default: bfloat16 where it is native")),
+     dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(type=int, metavar="N", help="of attn (default: the last)")),
@@ -2186,7 +2181,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
     ("export push", "--license", dict(default="unknown", metavar="ID", help="of the weights")),
     ("push", "--private", dict(action="store_true", help="visible only to you")),
 )  # fmt: skip
-SETTINGS = (
+SETTINGS = (  # commands, config, fields that are no options there
     ("run train", GPTConfig, ()),
     ("run train", TrainConfig, ()),
     ("run", SampleConfig, ("seed",)),
@@ -2195,86 +2190,71 @@ SETTINGS = (
 )
 
 
-def unescape(text: str) -> str:
-    r"""`text` with \n as a line end."""
-    return text.replace("\\n", "\n")
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message):
-        if re.match("unrecognized arguments: [^-]", message):
-            fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
-            message = f"unexpected argument '{message.split(': ', 1)[1]}'. {fix}"
         self.exit(2, f"{self.prog}: {escape_control(message)} (see {self.prog} --help)\n")
 
     def add_config(self, config: type, skip: Iterable[str]) -> None:
-        """Add an option for each field of a config dataclass."""
+        """Add an option for each field of a config; an option that is not given stays absent."""
         group = self.add_argument_group(config.__doc__.split("\n")[0].rstrip("."))
-        metavars = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}
         for setting in fields(config):
-            help, kind = setting.metadata["help"], field_types(setting)[0]
-            if not help or setting.name in skip:
-                continue
-            how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
-            if kind is not tuple and setting.default is not None:
-                help += f" (default: {setting.default})"
-            names = [f"--{setting.name.replace('_', '-')}"] + ["-n"] * (setting.name == "max_new")
-            how |= dict(metavar=metavars[kind], help=help)
-            # What is not given stays absent: see from_args.
-            group.add_argument(*names, default=argparse.SUPPRESS, **how)
+            name, help, kind = setting.name, setting.metadata["help"], field_types(setting)[0]
+            if help and name not in skip:
+                if setting.default not in (None, ()):
+                    help += f" (default: {setting.default})"
+                how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
+                how |= dict(metavar={int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind])
+                flags = [f"--{name.replace('_', '-')}"] + ["-n"] * (name == "max_new")
+                group.add_argument(*flags, default=argparse.SUPPRESS, help=help, **how)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace; exits after --help, --version and errors."""
-    if argv[:1] == ["--version"]:
-        sys.exit(print(f"Anexa {__version__}"))
-    commands = [name.removeprefix("cmd_") for name in globals() if name.startswith("cmd_")]
-    named = bool(argv) and argv[0] in commands
+    commands = dict(re.findall(r"^  ([a-z]+)  +(.*)", __doc__, re.MULTILINE))
+    named, models = bool(argv) and argv[0] in commands, (".safetensors", CHECKPOINT_SUFFIX)
     command, *argv = argv if named else ["run", *argv]
-    suffixes = ".safetensors", CHECKPOINT_SUFFIX
-    if command == "run" and argv and argv[0].endswith(suffixes):
+    if command == "run" and argv and argv[0].endswith(models):
         command = "chat"
-    width = min(100, shutil.get_terminal_size().columns - 2)
-    style = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=width)
-    about = re.search(rf"^  {command} +(.*)", __doc__, re.MULTILINE)[1]
-    program = f"anexagpt.py {command}"
-    parser = Parser(program, description=about, allow_abbrev=False, formatter_class=style)
-    parser.set_defaults(command=command, folder=None)
+    parser = Parser(f"anexagpt.py {command}", description=commands[command], allow_abbrev=False)
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
+    parser.set_defaults(command=command, size=None, folder=None)
+    parser.add_argument("--version", action="version", version=f"Anexa {__version__}")
     for names, options, how in ARGUMENTS:
         if command in names.split():
             parser.add_argument(*options.split(), **how)
     for names, config, skip in SETTINGS:
         if command in names.split():
             parser.add_config(config, skip)
+    parser.add_argument("files", nargs="*", default=[], metavar="FILE", help="text, model, folder")
     args = parser.parse_intermixed_args(argv)
-    for file in getattr(args, "files", ()):
-        if file.endswith(suffixes) and hasattr(args, "model"):
+    vars(args).update(SIZES.get(args.size, {}) | vars(args))
+    for file in args.files:
+        if file.endswith(models) and "model" in args:
             args.model = Path(file)
         elif not (named or file in (*BUILT_IN, "-") or "." in file or os.path.exists(file)):
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
-        elif hasattr(args, "data"):
-            args.data = [*(args.data or []), file]
-        elif command == "export" and file.endswith(".gguf"):
-            args.gguf = Path(file)
+        elif "data" in args:
+            args.data = [*args.data, file]
         elif command == "export" and not args.folder:
             args.folder = Path(file)
         else:
-            parser.error(f"unrecognized arguments: {file}")
+            fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
+            parser.error(f"unexpected argument {file!r}. {fix}")
     return args
 
 
 def from_args(config: type[Config], args: argparse.Namespace, saved: dict | None = None) -> Config:
     """A config from the options that were given, else from `saved`, else from its defaults."""
-    default = lambda f: (saved or {}).get(f.name, f.default)
-    values = {f.name: getattr(args, f.name, default(f)) for f in fields(config)}
-    return config(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    settings = (saved or {}) | vars(args)
+    settings = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
+    return config(**{n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()})
 
 
 def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Device and number format of --device and --dtype.  raises: UserError if it is missing"""
-    cuda, mps = torch.cuda, torch.backends.mps
+    cuda, mps, cpu = torch.cuda, torch.backends.mps, torch.cpu
     usable = ["cuda"] * cuda.is_available() + ["mps"] * mps.is_available() + ["cpu"]
     device = usable[0] if device == "auto" else device
     if device not in usable:
@@ -2283,71 +2263,58 @@ def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch
     if dtype == "auto" and device == "cuda":
         bf16 = cuda.is_bf16_supported(including_emulation=False)
     elif dtype == "auto" and device == "cpu":
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        bf16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
 def load_from_args(args: argparse.Namespace, one_text: bool = True) -> Model:
     """The model of --model on the device of --device."""
-    device, _ = select_device(args.device)
-    model = load(args.model)
-    small = model.network.config.n_parameters() < 4_000_000
+    model, (device, _) = load(args.model), select_device(args.device)
+    m, small = model.metadata, model.network.config.n_parameters() < 4_000_000
     if one_text and small and args.device in ("auto", "cpu"):
         torch.set_num_threads(1)  # a second thread is no faster for one token, and slow under load
     else:
         model.network.to(device)
-    if model.metadata.step < model.metadata.training.get("max_steps", 0):
-        log(f"{args.model}: an unfinished run, at step {model.metadata.step:,}; its best weights")
+    if m.step < m.training.get("max_steps", 0):
+        log(f"{args.model}: an unfinished run, at step {m.step:,}; its best weights")
     return model
 
 
-def checkpoint_path(out: Path) -> Path:
-    """Where the state of an unfinished run of `out` is saved: a name that no model can have."""
-    if out.suffix != ".safetensors" or out.is_dir():
-        rule = f"must be a file that ends in .safetensors, such as {MODEL}; choose another name"
-        raise UserError(f"--out {out}: {rule}")
-    return out.with_name(out.name + CHECKPOINT_SUFFIX)
+# A run is known by its --out. Where that file exists, the run is finished: nothing trains over it.
+# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
+# new. With --restart it is new in any case: the model is renamed, the checkpoint removed.
+
+NEW_RUN = Metadata(config={}, data=dict(names=[]), training={}, history=[])  # step 0
 
 
-RUNTIME_OPTIONS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # may change
-
-
-def config_diff(args: argparse.Namespace, metadata: Metadata, ignore: Iterable[str] = ()) -> str:
-    """Options that ask for something else than `metadata` says; "" if none."""
-    saved = metadata.config | metadata.training
-    wanted = (SIZES[args.size] if args.size else {}) | vars(args)
-    names = [n for n, v in wanted.items() if n in saved and v not in (None, saved[n])]
-    names = [n for n in names if n not in (*RUNTIME_OPTIONS, *ignore)]
+def config_diff(args: argparse.Namespace, saved: dict, *may_change: str) -> str:
+    """Options that ask for something else than the settings `saved`; "" if none."""
+    wanted, free = vars(args), ("device", "dtype", "grad_accum", "checkpoint_interval", *may_change)
+    names = [n for n, v in wanted.items() if n in saved and n not in free and v != saved[n]]
     return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
 
 
-def already_trained(out: Path, metadata: Metadata, diff: str = "") -> UserError:
-    run = f"{text_names(metadata.data['names'])} ({metadata.step:,} steps{diff and '; '}{diff})"
-    fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
-    return UserError(f"{out}: is already trained on {run}. {fix}")
-
-
-def find_checkpoint(args: argparse.Namespace, checkpoint: Path):
-    """The run to resume (metadata, tensors), or None to start one.
-
-    raises: UserError if it cannot be resumed, or if a model would be lost
-    """
-    out, saved, fix = args.out, None, "move it away, or choose another --out"
+def find_checkpoint(args, checkpoint: Path) -> tuple[Metadata, dict[str, Tensor]]:
+    """The unfinished run to resume, or NEW_RUN.  raises: UserError if it must not begin"""
+    out, m, tensors = args.out, NEW_RUN, {}
     if os.path.lexists(checkpoint):
-        saved = m, tensors = read_file(checkpoint, fix)
-        if "wte.weight" in tensors or "transformer.wte.weight" in tensors:
+        fix = "move it away, or choose another --out"
+        m, tensors = read_file(checkpoint, fix)
+        if "loss_sum" not in tensors:
             raise UserError(f"{checkpoint}: is a model, not a checkpoint; {fix}")
     if args.restart:
-        return None
-    if saved and out.exists():
-        fix = f"Resume the run: move the model away. Keep the model: move {checkpoint} away"
-        raise UserError(f"{out}: is a finished model beside an unfinished run. {fix}")
+        return NEW_RUN, {}
     if out.exists():
-        raise already_trained(out, read_file(out)[0])
-    if saved and (diff := config_diff(args, m, ["max_steps"])):
+        done, _ = read_file(out)
+        run = f"{text_names(done.data['names'])}, {done.step:,} steps"
+        diff = config_diff(args, done.config | done.training)
+        fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
+        fix += f". Resume {checkpoint}: move the model away" if m.step else ""
+        raise UserError(f"{out}: is already trained on {run}{diff and f' ({diff})'}. {fix}")
+    if diff := config_diff(args, m.config | m.training, "max_steps"):
         fix = "to resume, drop these options; to discard it, add --restart"
         raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
-    return saved
+    return m, tensors
 
 
 def saved_names(metadata: Metadata) -> list[str]:
@@ -2368,106 +2335,78 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
     return model.network.state_dict() | {"wte.weight": embeddings}
 
 
-def prepare_run(args, checkpoint: Path, device, ctx) -> tuple[Trainer, Corpus]:
-    """Trainer and text of a new run, or of the unfinished one.
+def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Corpus]:
+    """Trainer and text of a new run, or of the unfinished one.  raises: UserError
 
-    A setting comes from the options, else from the unfinished run, else from the model of --init,
-    else it has its default.  raises: UserError
+    A setting comes from the options, else from the unfinished run, else from the model of --init.
     """
-    m, tensors = find_checkpoint(args, checkpoint) or (None, {})
-    init, dtype = None, args.dtype
-    if m and dtype == "auto":
-        dtype = m.training.get("dtype", dtype)
-    device, dtype = select_device(device.type, dtype)
-    cfg = from_args(TrainConfig, args, m and m.training)
-    if m and m.step >= cfg.max_steps:
-        fix = f"the run is at step {m.step:,}; choose more, or add --restart"
-        raise UserError(f"--max-steps {cfg.max_steps:,}: {fix}")
-    if cfg.init and not m:
-        init, names = load(cfg.init), (f.name for f in fields(TrainConfig))
-        if diff := config_diff(args, init.metadata, ["dropout", *names]):
-            raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
-    shape = m.config if m else init.metadata.config if init else SIZES[args.size or "small"]
-    config = from_args(GPTConfig, args, shape | dict(vocab_size=2))
-    corpus = load_corpus(args.data or (saved_names(m) if m else None), args.encoding)
-    data, n = text_names(corpus.data["names"]), len(corpus.ids)
+    m, tensors = find_checkpoint(args, checkpoint)
+    cfg = from_args(TrainConfig, args, m.training)
+    if m.step >= cfg.max_steps:
+        raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
+    init = load(cfg.init) if cfg.init and not m.step else None
+    shape = init.metadata.config if init else m.config
+    if init and (diff := config_diff(args, shape, "dropout")):
+        raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
+    config = from_args(GPTConfig, args, shape)
+    corpus = load_corpus(args.data or saved_names(m), args.encoding)
+    data, n = text_names(corpus.data["names"]), np.count_nonzero(corpus.ids)
     if n < (needed := 10 * (config.block_size + 1)):
         fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
-        raise UserError(f"--data {data}: {n:,} characters, but {fix}")
-    if not all(part.any() for part in split_ids(corpus.ids)):
-        fix = "save it again, or give its real --encoding"
-        raise UserError(f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
-    if m and corpus.data["sha256"] != m.data["sha256"]:
-        fix = "to resume, give that text; to discard the run, add --restart"
-        raise UserError(f"--data {data}: not the text of the run; {fix}")
+        raise UserError(f"--data {data}: {n:,} characters (U+FFFD does not count), but {fix}")
+    if m.step and corpus.data["sha256"] != m.data["sha256"]:
+        raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
     cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
     if cfg.batch_size < ctx.world_size:
-        rule = f"must be at least {ctx.world_size}, the number of ranks"
-        raise UserError(f"--batch-size {cfg.batch_size}: {rule}")
+        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
     rate = default_dropout(epochs) if config.dropout is None else config.dropout
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
     trainer = Trainer(config, cfg, device, dtype, ctx)
-    try:
-        if init:
-            for network in (trainer.model, trainer.ema):
-                network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
-        if m:
+    if init:
+        for network in (trainer.model, trainer.ema):
+            network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
+    if m.step:
+        try:
             trainer.load_state_dict(tensors, m)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
+        except BAD_FILE as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
     return trainer, corpus
 
 
 def log_run(t: Trainer, corpus: Corpus) -> None:
     """Log text, network, device and schedule."""
-    cfg, T, (train_ids, val_ids) = t.cfg, t.model.config.block_size, split_ids(corpus.ids)
-    n, epochs = len(corpus.ids), cfg.max_steps * cfg.batch_size * T / len(train_ids)
+    c, cfg, (train_ids, val_ids) = t.model.config, t.cfg, split_ids(corpus.ids)
+    n, n_val = len(corpus.ids), min(len(val_ids), validation_size(cfg, c.block_size))
+    epochs = cfg.max_steps * cfg.batch_size * c.block_size / len(train_ids)
     if n < 100_000:
         log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
     log(
-        f"{text_names(corpus.data['names'])}: {n:,} characters, {len(corpus.tokenizer) - 1} "
-        f"different; {t.model.config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
-        f"{dtype_name(t.dtype)}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
-        f"{cfg.batch_size:,} x {T:,} characters, {epochs:,.1f} epochs, dropout "
-        f"{t.model.config.dropout}; validation on "
-        f"{min(len(val_ids), validation_size(cfg, T)):,} of {len(val_ids):,} characters"
+        f"{text_names(corpus.data['names'])}: {n:,} characters, {c.vocab_size - 1} different; "
+        f"{c}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in {t.dtype}, processes: "
+        f"{t.ctx.world_size}; {cfg.max_steps:,} steps of {cfg.batch_size:,} x {c.block_size:,} "
+        f"characters, {epochs:,.1f} epochs, dropout {c.dropout}; "
+        f"validation on {n_val:,} of {len(val_ids):,} characters"
     )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def lock_training(out: Path) -> filelock.BaseFileLock:
-    """The lock, held, that lets one process at a time train `out`.  raises: UserError"""
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except OSError as error:  # Timeout is one, also where no file can be made
-        reason = f"cannot be written ({error.strerror or 'no lock file'}); choose another folder"
-        if isinstance(error, filelock.Timeout) and os.path.exists(lock.lock_file):
-            reason = "another process trains it; wait, or choose another"
-        raise UserError(f"--out {out}: {reason}") from None
-    return lock
-
-
 def cmd_train(args: argparse.Namespace) -> None:
-    checkpoint, (device, _) = checkpoint_path(args.out), select_device(args.device)
-    if args.tensorboard:
-        optional("torch.utils.tensorboard")  # an error now, not after reading the text
+    out, (device, dtype) = args.out, select_device(args.device, args.dtype)
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"--out {out}: must be a file ending in .safetensors; choose another name")
+    checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint.exists():
         args.restart = False  # asked for once, not at each restart after a failure
     with init_distributed(device) as ctx, ExitStack() as stack:
-        args.quiet |= ctx.rank > 0
-
-        def prepare() -> tuple[Trainer, Corpus]:
+        try:
             if ctx.rank == 0:
-                stack.enter_context(lock_training(args.out))
-            return prepare_run(args, checkpoint, device, ctx)
-
-        t, corpus = ctx.together(prepare)
+                stack.enter_context(filelock.FileLock(out.parent / f".{out.name}.lock", timeout=0))
+        except OSError as error:  # a Timeout is one; also where the folder is read-only
+            reason = error.strerror or "another process trains it, or no file can be made there"
+            fix = "wait, or choose another folder"
+            raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
+        t, corpus = ctx.together(lambda: prepare_run(args, checkpoint, device, dtype, ctx))
         settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data))
         digest = torch.tensor(zlib.crc32(settings.encode()))
         if ctx.all_reduce(digest.clone()) != ctx.world_size * digest:
@@ -2477,63 +2416,51 @@ def cmd_train(args: argparse.Namespace) -> None:
 
 def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
     """Train, and save the model; or save a checkpoint, if a signal asks for it."""
-    out, rank, vocab = args.out, t.ctx.rank, corpus.tokenizer.characters
-    training = asdict(t.cfg) | dict(device=t.device.type, dtype=dtype_name(t.dtype))
+    out, is_first, quiet = args.out, t.ctx.rank == 0, args.quiet or t.ctx.rank > 0
 
     def metadata() -> Metadata:
+        config, vocab = asdict(t.model.config), corpus.tokenizer.characters
+        training = asdict(t.cfg) | dict(device=t.device.type, dtype=str(t.dtype)[len("torch.") :])
         loss = t.best_loss if t.best else None
-        config = asdict(t.model.config)
         return Metadata(config, vocab, corpus.data, training, t.step, loss, t.history)
 
-    def sample() -> str:
-        return Model(t.ema, corpus.tokenizer, metadata()).generate("\n", max_new=60, seed=0)
-
     def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
-        if rank == 0:
+        if is_first:
+            save = save_or_rescue if stop else save_tensors
             try:
-                save = save_or_rescue if stop else save_tensors
                 save(checkpoint, tensors, metadata().to_header(format="checkpoint"))
             except OSError as error:
+                if stop:
+                    raise
                 log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
 
+    board = None
+    if args.tensorboard and is_first:
+        board = optional("torch.utils.tensorboard").SummaryWriter(args.tensorboard)
     if t.step:
         log(f"Resuming {checkpoint} at step {t.step:,}.")
-    elif rank == 0:
+    elif is_first:
         checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
         if out.exists():  # --restart
             log(f"{out}: is kept as {out.replace(out.with_stem(f'{out.stem}.old'))}")
-    if not args.quiet:
+    if not quiet:
         log_run(t, corpus)
     reuse_freed_memory()
-    board = None
-    if args.tensorboard and rank == 0:
-        writer = optional("torch.utils.tensorboard").SummaryWriter
-        board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
-    display = ProgressDisplay(t, sample, args.quiet, board)
+    sample = lambda: Model(t.ema, corpus.tokenizer, metadata()).generate("\n", max_new=60, seed=0)
     with stop_signals() as caught:
-        try:
+        with closing(ProgressDisplay(t, sample, quiet, board)) as display:
             training_loop(t, corpus.ids, display, save_checkpoint, lambda: bool(caught))
-        except Diverged as error:
-            if not t.best:
-                raise
-            save_checkpoint({f"best.{name}": weight for name, weight in t.best.items()}, True)
-            best = f"its best weights, loss {t.best_loss:.4f}, are in {checkpoint}"
-            raise UserError(f"{error}; {best}") from None
-        finally:
-            display.close()
         finished = t.step == t.cfg.max_steps
-        if finished and rank == 0:
-            if not args.quiet:
-                hint = " At the prompt, /help lists commands." * (args.command == "run")
-                log(f"{loss_chart(t.history)}\n{metadata()}.{hint}")
+        if finished and is_first:
+            if not quiet:
+                log(f"{loss_chart(t.history)}\n{metadata()}. At the prompt, /help lists commands.")
             log("Training finished...")
             save_or_rescue(out, t.best, metadata().to_header())
             checkpoint.unlink(missing_ok=True)
             log(f"Model saved to {out}")
     if not finished:
-        again = " without --restart" if args.restart else ""
         log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
-        log(f"The same command{again} resumes it.")
+        log(f"The same command{' without --restart' * args.restart} resumes it.")
     if caught or not finished:
         raise SystemExit(128 + (caught[0] if caught else signal.SIGINT))
 
@@ -2550,17 +2477,13 @@ def cmd_run(args: argparse.Namespace) -> None:
     sampling = replace(from_args(SampleConfig, args), seed=None)  # --seed is that of the training
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
-    out = args.model = args.out
-    if args.restart or os.path.lexists(checkpoint_path(out)) or not out.exists():
-        cmd_train(args)
+    args.model = args.out
+    m = read_file(args.out)[0] if args.out.exists() and not args.restart else NEW_RUN
+    asked = config_diff(args, m.config | m.training) or args.data not in ([], m.data["names"])
+    if asked or not m.step:
+        cmd_train(args)  # which refuses to train over a finished model
     else:
-        metadata, _ = read_file(out)
-        diff = config_diff(args, metadata)
-        if not diff and args.data not in (None, metadata.data["names"]):
-            diff = f"not {text_names(args.data)}"
-        if diff:
-            raise already_trained(out, metadata, diff)
-        log(f"{out}: {metadata}. /help lists the commands.")
+        log(f"{args.out}: {m}. /help lists the commands.")
     chat_loop(load_from_args(args), sampling)
 
 
@@ -2664,15 +2587,9 @@ def cmd_export(args: argparse.Namespace) -> None:
 
 def cmd_push(args: argparse.Namespace) -> None:
     hub, name = optional("huggingface_hub"), args.name
-    reasons = {
-        401: "the Hub does not accept the token; log in again with 'hf auth login'",
-        403: "the token may not write there; make one that may, then 'hf auth login'",
-        404: "no such user or organization, or the token may not see it; check the name",
-    }
     try:
         if not hub.get_token():  # never an option: other users see the command line
             raise UserError(f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
-        hub.utils.validate_repo_id(name)
         model, api = load(args.model), hub.HfApi()
         name = api.create_repo(name, private=args.private, exist_ok=True).repo_id
         if args.private and not api.model_info(name).private:
@@ -2680,18 +2597,12 @@ def cmd_push(args: argparse.Namespace) -> None:
             raise UserError(f"{name}: exists and is public; {fix}")
         files = hub_files(model, name, args.license)
         log(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
-        with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), files)
-            api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files))
+        commit = [hub.CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(name, commit, commit_message=f"Upload with Anexa {__version__}")
         print(f"{hub.constants.ENDPOINT}/{name}")
     except (hub.errors.HTTPError, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = first_line(getattr(error, "server_message", None) or error)
-        if status:
-            reason = reasons.get(status, f"the Hub answered {status}: {reason}; try again later")
-        elif isinstance(error, hub.errors.HTTPError):
-            reason = f"no connection to the Hub ({reason}); try again later"
-        raise UserError(f"{name}: not uploaded: {reason}") from None
+        fix = "check name and connection, or 'hf auth login' with a token that may write there"
+        raise UserError(f"{name}: not uploaded: {first_line(error)}; {fix}") from None
 
 
 def prepare_streams() -> None:
@@ -2712,28 +2623,27 @@ def main(argv: list[str]) -> int:
         args = parse_args(argv)
         globals()[f"cmd_{args.command}"](args)
         return 0
-    except UserError as error:
-        log(f"anexagpt.py: {error}")
-        return 2
     except BrokenPipeError:  # stdout was closed, for example by head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        log(f"anexagpt.py: {error.filename or 'system'}: {error.strerror or error}")
-        return 2
     except KeyboardInterrupt:
         return 130
+    except UserError as error:
+        message = error
+    except OSError as error:
+        message = f"{error.filename or 'system'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        if "WORLD_SIZE" in os.environ and re.search("(?i)gloo|nccl|c10d", str(error)):
-            log("anexagpt.py: a rank has ended; the same command resumes from the last checkpoint")
-            return 1
         # PyTorch's CPU allocator raises RuntimeError, with other words on Windows.
-        words = "out of memory|can't allocate memory|not enough memory|bad_alloc"
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+        words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
+        if re.search(words, repr(error)):
+            fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
+            message = f"out of memory; take {fix}"
+        elif re.search("(?i)gloo|nccl|c10d", str(error)):
+            message = "a rank has ended; the same command resumes from the last checkpoint"
+        else:
             raise
-        fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
-        log(f"anexagpt.py: out of memory; take {fix}")
-        return 2
+    log(f"anexagpt.py: {message}")
+    return 2
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def test_a_reader_that_stops(model):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(cli, monkeypatch, command):
-    """Catches lines of more than 100 columns, and options or arguments without a help."""
-    monkeypatch.setenv("COLUMNS", "300")
+    """Catches lines wider than the terminal, and options or arguments without a help."""
+    monkeypatch.setenv("COLUMNS", "100")
     result = cli(command, "--help")
     assert result.status == 0 and result.err == ""
     assert max(map(len, result.out.splitlines())) <= 100
