@@ -2227,9 +2227,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for names, config, skip in SETTINGS:
         if command in names.split():
             parser.add_config(config, skip)
-    parser.add_argument("files", nargs="*", default=[], metavar="FILE", help="text, model, folder")
+    use = "text as --data, model as --model; of export also the folder for transformers"
+    parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=use)
     args = parser.parse_intermixed_args(argv)
-    vars(args).update(SIZES.get(args.size, {}) | vars(args))
+    vars(args).update(SIZES.get(args.size, {}) | vars(args))  # --size stands for four options
     for file in args.files:
         if file.endswith(models) and "model" in args:
             args.model = Path(file)
