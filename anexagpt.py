@@ -2238,6 +2238,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
         elif "data" in args:
             args.data = [*args.data, file]
+        elif command == "export" and file.endswith(".gguf"):
+            args.gguf = Path(file)
         elif command == "export" and not args.folder:
             args.folder = Path(file)
         else:
@@ -2384,11 +2386,11 @@ def log_run(t: Trainer, corpus: Corpus) -> None:
     if n < 100_000:
         log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
     log(
-        f"{text_names(corpus.data['names'])}: {n:,} characters, {c.vocab_size - 1} different; "
-        f"{c}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in {t.dtype}, processes: "
-        f"{t.ctx.world_size}; {cfg.max_steps:,} steps of {cfg.batch_size:,} x {c.block_size:,} "
-        f"characters, {epochs:,.1f} epochs, dropout {c.dropout}; "
-        f"validation on {n_val:,} of {len(val_ids):,} characters"
+        f"{text_names(corpus.data['names'])}: {n:,} characters, {c.vocab_size - 1} different; {c}"
+        f"{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
+        f"{str(t.dtype).split('.')[1]}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
+        f"{cfg.batch_size:,} x {c.block_size:,} characters, {epochs:,.1f} epochs, dropout "
+        f"{c.dropout}; validation on {n_val:,} of {len(val_ids):,} characters"
     )
 
 
@@ -2421,7 +2423,7 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
 
     def metadata() -> Metadata:
         config, vocab = asdict(t.model.config), corpus.tokenizer.characters
-        training = asdict(t.cfg) | dict(device=t.device.type, dtype=str(t.dtype)[len("torch.") :])
+        training = asdict(t.cfg) | dict(device=t.device.type, dtype=str(t.dtype).split(".")[1])
         loss = t.best_loss if t.best else None
         return Metadata(config, vocab, corpus.data, training, t.step, loss, t.history)
 
@@ -2454,7 +2456,8 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
         finished = t.step == t.cfg.max_steps
         if finished and is_first:
             if not quiet:
-                log(f"{loss_chart(t.history)}\n{metadata()}. At the prompt, /help lists commands.")
+                hint = " At the prompt, /help lists commands." * (args.command == "run")
+                log(f"{loss_chart(t.history)}\n{metadata()}.{hint}")
             log("Training finished...")
             save_or_rescue(out, t.best, metadata().to_header())
             checkpoint.unlink(missing_ok=True)

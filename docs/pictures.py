@@ -62,7 +62,7 @@ def curves(corpus) -> dict:
     config = anexagpt.GPTConfig(vocab_size=len(corpus.tokenizer), block_size=64, dropout=0.0)
     settings = dict(max_steps=1_000, batch_size=12, eval_interval=100, checkpoint_interval=1e9)
     cfg, runs = anexagpt.TrainConfig(**settings, seed=1), {}
-    device, dtype = anexagpt.select_device(argparse.Namespace(device="cpu"))
+    device, dtype = anexagpt.select_device("cpu")
     display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
     for rate in (None, 2e-3, 4e-3, 8e-3):
         trainer, name = anexagpt.Trainer(config, cfg, device, dtype), "Muon"
