@@ -760,7 +760,7 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
 class SampleConfig(Config):
     """How the next character is drawn. By default top-k, top-p and min-p are off.
 
-    A new setting is a field here, its code in process_logits, and a name in probs_view.
+    A new setting is a field here, its code in process_logits, and a name in Chat.do_probs.
     """
 
     temperature: float = option(0.7, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
@@ -1570,169 +1570,67 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 # ---- chat ----------------------------------------------------------------------------------------
-# The prompt loop, and views of what the model computes.
+# The prompt loop, its commands, and among them views of what the model computes.
 
+VIEWS = ("tokens", "probs", "why", "attn")
+SHADES = " ░▒▓█"
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
-SHADES = " ░▒▓█"
-VIEWS = ("tokens", "probs", "why", "attn")
 
 
-def glyph(c: str) -> str:
-    r"""A character as a view shows it: spelt out (\n, \u0301) if it moves the cursor."""
-    return c if c.isprintable() and cell_len(c) else c.encode("unicode_escape").decode()
+def visible(text: str) -> str:
+    r"""`text` with what moves the cursor or has no width spelt out, as \n or \u0301."""
+    spell = lambda c: c.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() and cell_len(c) else spell(c) for c in text)
 
 
-def tail(text: str, room: int) -> str:
-    """The last characters of `text` in quotes, in at most `room` cells."""
-    shown = [glyph(c) for c in text[-room:]]
-    while shown and sum(map(cell_len, shown)) > room - 2:
-        shown.pop(0)
-    return f"'{''.join(shown)}'"
-
-
-def underlined(cells: list[tuple[str, str, str]], width: int) -> Text:
-    r"""Lines of characters with notes below; a cell is (character, style, note); \n ends a line."""
-    lines, above, below = Text(), Text(), ""
-    for c, style, note in [*cells, ("", "", "")]:
-        room = max(cell_len(glyph(c)), len(note))
-        if not c or above.cell_len + room > width or above.plain.endswith("\\n"):
-            lines.append_text(above).append(f"\n{below}\n", "dim")
-            above, below = Text(), ""
-        above.append(f"{glyph(c)}{'':{room - cell_len(glyph(c))}}", style)
-        below += f"{note:<{room}}"
-    return lines
+def annotated(text: str, styles: list[str], notes: list[str], width: int) -> Text:
+    r"""Each character of `text` in its style, with its note below; \n ends a line."""
+    lines, left = [], 0
+    for c, style, note in zip(text, styles, notes, strict=True):
+        room = max(cell_len(visible(c)), len(note))
+        if room > left:
+            lines += Text(), Text(style="dim")
+            left = width
+        lines[-2].append(set_cell_size(visible(c), room), style)
+        lines[-1].append(f"{note:<{room}}")
+        left = 0 if c == "\n" else left - room
+    return Text("\n").join(lines)
 
 
 @torch.no_grad()
-def predictions(network: GPT, ids: np.ndarray, first: int) -> Tensor:
+def predictions(model: Model, ids: np.ndarray, first: int) -> Tensor:
     """Logits (N + 1 - first, V) of the characters `first` > 0 to N of a text ids (N,).
 
     Each is predicted from the context that it has when `generate_ids` writes the text.
     """
-    T, device, parts = network.config.block_size, network.wte.weight.device, []
-    ids = torch.from_numpy(ids.astype("i8"))
+    T, device, parts = model.network.config.block_size, model.network.wte.weight.device, []
+    ids = torch.from_numpy(ids.astype("i8")).to(device)
     while first <= len(ids):
         start = context_start(first, T)
-        end = min(start + T, len(ids))  # of the characters with this context
-        logits = network(ids[None, start:end].to(device))[0]  # (end - start, V)
+        logits = model.network(ids[None, start : start + T])[0]  # (T or fewer, V)
         parts.append(logits[first - start - 1 :].float().cpu())
-        first = end + 1
+        first = start + T + 1
     return torch.cat(parts)
-
-
-def probs_view(console: Console, model: Model, text: str, cfg: SampleConfig) -> None:
-    """Print the likeliest next characters in percent: the model's, then after each setting."""
-    ids = model.prompt_ids(text)
-    logits = predictions(model.network, ids, len(ids)).numpy()  # (1, V)
-    columns, active = {"model": softmax(logits[0])}, SampleConfig(temperature=1.0)  # all off
-    logits[:, 0] = -np.inf  # U+FFFD is never sampled
-    seen = np.isin(np.arange(logits.size), ids)[None]
-    for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
-        if (value := getattr(cfg, name)) != getattr(active, name):
-            active = replace(active, **{name: value})
-            left = process_logits(logits, active, seen)[0]
-            greedy = np.arange(left.size) == left.argmax()
-            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
-            columns[f"{label} {value:g}"] = greedy if active.temperature == 0 else softmax(left)
-    order, n = columns["model"].argsort(kind="stable")[::-1], max(4, min(12, console.height - 6))
-    highest = max(p.max() for p in columns.values())
-    bar_width = (console.width - 8) // len(columns) - 7
-    table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
-    for row in np.split(order, range(1, n + 1)):  # the last one has all others
-        single, cells = len(row) == 1, []
-        for share in (p[row].sum() for p in columns.values()):
-            number = f"{100 * share:4.1f}" if share else "   -"
-            bar = SHADES[-1] * round(share / highest * bar_width) if single else ""
-            cells.append(f"{number} {bar}".rstrip())
-        label = f"'{glyph(model.tokenizer.characters[row[0]])}'" if single else f"{len(row)} more"
-        table.add_row(label, *cells)
-    console.print(f"After {tail(text, console.width - 20)}, in percent:", table)
-
-
-def why_view(console: Console, model: Model, prompt: str, answer: str) -> None:
-    """Print `answer` coloured by surprise, -log2 p of each character after `prompt`."""
-    before, ids = model.prompt_ids(prompt), model.tokenizer.encode(answer)
-    logits = predictions(model.network, np.concatenate((before, ids)), len(before))[:-1]  # (N, V)
-    ids = torch.from_numpy(ids.astype("i8"))
-    bits = logits.log_softmax(-1) / -math.log(2)
-    surprise = bits.gather(1, ids[:, None])[:, 0]  # (N,)
-    lines = Text("Digit = surprise in bits: n means a 1-in-2^n chance\n")
-    digits = [str(min(9, round(s)) or "") for s in surprise.tolist()]
-    styles = [WARM[min(3, int(s / 2))] for s in surprise.tolist()]
-    lines.append_text(underlined(list(zip(answer, styles, digits, strict=True)), console.width))
-    mean = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
-    lines.append(f"characters: {len(ids):,}, {mean}; least expected:")
-    for i in surprise.topk(min(3, len(ids))).indices.tolist():
-        least, likeliest = bits[i].min(-1)
-        better = f" ({tail(model.tokenizer.characters[likeliest], 9)} {least:.1f})"
-        line = f"{tail(answer[i], 9)} {surprise[i]:.1f} bits"
-        line += f"{better if likeliest != ids[i] else ''} after "
-        lines.append(f"\n{line}{tail(prompt + answer[:i], max(3, console.width - cell_len(line)))}")
-    console.print(lines)
 
 
 @torch.no_grad()
 def attention_weights(network: GPT, ids: Tensor, layer: int) -> Tensor:
     """Attention weights (H, T, T) of `layer` for ids (T,): row t is what position t attends to."""
-    outputs, H, T = [], network.config.n_head, len(ids)
-    c_attn = network.h[layer].attn.c_attn
-    hook = c_attn.register_forward_hook(lambda module, args, output: outputs.append(output))
-    network(ids[None].to(network.wte.weight.device))
-    hook.remove()
+    T, H, outputs, c_attn = len(ids), network.config.n_head, [], network.h[layer].attn.c_attn
+    with c_attn.register_forward_hook(lambda module, args, output: outputs.append(output)):
+        network(ids[None].to(network.wte.weight.device))
     q, k, _ = outputs[0].view(1, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
     # Attention mixes values by its weights; values that form the unit matrix give the weights.
     return attention(q, k, torch.eye(T, device=q.device).expand(1, H, T, T))[0].cpu()
 
 
-def attn_view(console: Console, model: Model, text: str, layer=None, head=None) -> None:
-    """Print a heat map of the attention at the end of `text`: rows are queries, columns keys.
-
-    layer, head: from 1; None is the last layer, and the mean of all heads
-    raises: UserError if there is no such layer or head
-    """
-    config = model.network.config
-    for name, number, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
-        if number is not None and not 1 <= number <= last:
-            raise UserError(f"--{name} {number:,}: must be from 1 to {last}")
-    layer, ids = layer or config.n_layer, model.prompt_ids(text)
-    ids = torch.from_numpy(ids[context_start(len(ids), config.block_size) :].astype("i8"))
-    weights = attention_weights(model.network, ids, layer - 1)  # (H, T, T)
-    weights = weights.mean(0) if head is None else weights[head - 1]  # (T, T)
-    T, levels = len(ids), (0.05, 0.15, 0.30, 0.60)
-    n = min(T, (console.width - 16) // 2, max(8, console.height - 4))
-    names = [glyph(model.tokenizer.characters[i]) for i in ids]
-    key = "  ".join(f"{s} {low:.0%}" for s, low in zip(SHADES[1:], levels, strict=True))
-    which = f"head {head} of {config.n_head}" if head else f"mean of heads: {config.n_head}"
-    lines = Text(f"Layer {layer} of {config.n_layer}, {which}\nattention from: {key}\n    ")
-    lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
-    for t in range(T - n, T):
-        lines.append(f"\n {set_cell_size(names[t], 2)} ", "bold")
-        for w in weights[t, T - n :].tolist():
-            level = sum(w >= low for low in levels)
-            lines.append(SHADES[level] * 2, COOL[level])
-        most = int(weights[t].argmax())
-        lines.append(f" '{names[most]}' {weights[t, most]:.0%}")
-    console.print(lines)
-
-
-def tokens_view(console: Console, model: Model, text: str) -> None:
-    """Print `text` with ids below; "-" where a character is dropped."""
-    tokenizer = model.tokenizer
-    read = {c: tokenizer.normalize_prompt(c)[0] for c in set(text)}
-    ids = {c: "+".join(map(str, tokenizer.encode(read[c]))) or "-" for c in read}
-    known, notice = tokenizer.normalize_prompt(text)
-    lines = underlined([(c, WARM[read[c] != c], f"{ids[c]} ") for c in text], console.width)
-    lines.append(f"characters: {len(text):,}, ids: {len(known):,}, of 1 to {len(tokenizer) - 1:,}")
-    console.print(lines.append(f"\n{''.join(map(glyph, notice))}".rstrip()))
-
-
 def normalized(model: Model, prompt: str) -> str:
     """`prompt` in known characters; says what was changed, and how much of it is read."""
     text, notice = model.tokenizer.normalize_prompt(prompt)
+    n, T = len(text), model.network.config.block_size
     if notice:
         log(f"({notice})")
-    n, T = len(text), model.network.config.block_size
     if n > T:
         log(f"(the context has {T:,} characters: the last {n - context_start(n, T):,} are read)")
     return text
@@ -1741,18 +1639,16 @@ def normalized(model: Model, prompt: str) -> str:
 class Chat:
     """A session with a model. `do_NAME(argument)` is the command /NAME, its docstring the help."""
 
-    def __init__(self, model: Model, cfg: SampleConfig):
-        self.model, self.cfg, self.done = model, cfg, False
-        self.prompt = self.written = self.seed = None  # of the last answer
-        self.console = PlainConsole()
+    def __init__(self, model: Model, cfg: SampleConfig, stderr: bool = True):
+        self.model, self.cfg, self.console = model, cfg, PlainConsole(stderr)
+        self.prompt, self.written, self.seed = "", "", None  # of the last answer
         self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
         self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
 
     def respond(self, line: str) -> None:
-        """Answer a prompt or run a command.  raises: UserError"""
+        """Answer a prompt or run a command.  raises: UserError; EOFError to leave"""
         if line.startswith('"""'):
-            text = line.rstrip()[3:].removesuffix('"""')
-            return self.answer(text.removeprefix("\n").removesuffix("\n"))
+            return self.answer(line.split('"""')[1].removeprefix("\n").removesuffix("\n"))
         if line.strip() in ("quit", "exit"):
             return self.do_quit("")
         if not line.startswith("/"):
@@ -1764,34 +1660,26 @@ class Chat:
             raise UserError(f"usage: /{name} FILE")
         self.commands[name](argument)
 
-    def table(self, rows: Iterable[tuple[str, ...]]) -> None:
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        for row in rows:
-            grid.add_row(*map(escape_control, row))
-        self.console.print(grid)
-
-    def last(self) -> str:
-        """The last prompt."""
-        if self.prompt is None:
-            raise UserError("there is no answer yet; type a prompt first")
-        return self.prompt
-
     def answer(self, prompt: str, echo: bool = True) -> None:
         """Continue `prompt` until done or Ctrl-C; `echo`: show it before its continuation."""
         if not (text := normalized(self.model, prompt)):
-            return
-        seed = secrets.randbelow(10**9) if self.cfg.seed is None else self.cfg.seed
+            raise UserError("there is nothing to continue; type a prompt")
         start = context_start(len(text), self.model.network.config.block_size)
-        self.prompt, self.written, self.seed = prompt, "", seed
+        self.seed = secrets.randbelow(10**9) if self.cfg.seed is None else self.cfg.seed
+        self.prompt, self.written = prompt, ""
         print(f"Response: {'...' * (start > 0 or not echo)}", end="", file=sys.stderr, flush=True)
-        try:
+        with suppress(KeyboardInterrupt):  # ends the answer; what has come stays
             write_stdout(text[start:] if echo else "")
-            for (piece,) in self.model.stream_batch(text, replace(self.cfg, seed=seed)):
+            for (piece,) in self.model.stream_batch(text, replace(self.cfg, seed=self.seed)):
                 self.written += piece
                 write_stdout(piece)
-        except KeyboardInterrupt:
-            pass  # ends the answer; what has come stays
         print(flush=True)
+
+    def table(self, rows: Iterable[tuple[str, ...]]) -> None:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        for row in rows:
+            grid.add_row(*row)
+        self.console.print(grid)
 
     def do_help(self, _: str) -> None:
         """: list the commands."""
@@ -1802,8 +1690,6 @@ class Chat:
     def do_set(self, argument: str) -> None:
         """NAME [VALUE]: change a setting, as /set top-k 5; without a value back to its default."""
         name, _, value = argument.strip().partition(" ")
-        if not name:
-            return self.do_show("")
         setting = self.settings.get(name.replace("_", "-"))
         if not setting:
             raise UserError(f"/set {name}: choose from {', '.join(self.settings)}")
@@ -1815,37 +1701,34 @@ class Chat:
             what = f"a{' whole' * (kind is int)} number from {rule['low']:,} to {rule['high']:,}"
             raise UserError(f"{name} {value}: must be {what}") from None
         self.cfg = replace(self.cfg, **{setting.name: new})
-        log(f"({name} {self.shown(new)})")
+        log(f"({name} {self.shown(setting)})")
 
-    @staticmethod
-    def shown(value) -> str:
+    def shown(self, setting) -> str:
+        value = getattr(self.cfg, setting.name)
         if isinstance(value, tuple):
-            return " ".join(f"'{''.join(map(glyph, text))}'" for text in value) or "none"
-        return "random" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+            return " ".join(f"'{visible(text)}'" for text in value) or "none"
+        return "random" if value is None else f"{value:,}"
 
     def do_show(self, _: str) -> None:
         """: show the settings, the model, and the seed of the last answer."""
-        rows = []
-        for name, f in self.settings.items():
-            rows.append((name, self.shown(getattr(self.cfg, f.name)), f.metadata["help"]))
-        self.table(rows)
+        self.table((n, self.shown(f), f.metadata["help"]) for n, f in self.settings.items())
         log(f"model: {self.model.metadata}")
-        if self.prompt is not None:
+        if self.seed is not None:
             log(f"to repeat the last answer: /set seed {self.seed}, then /regen")
 
     def do_regen(self, _: str) -> None:
         """: answer the last prompt again."""
-        self.answer(self.last())
+        self.answer(self.prompt)
 
     def do_more(self, _: str) -> None:
         """: continue the last answer."""
-        self.answer(self.last() + self.written, echo=False)
+        self.answer(self.prompt + self.written, echo=False)
 
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
         path = Path(os.path.expanduser(file.strip()))
-        if not path.is_file():  # a pipe would block
-            raise UserError(f"/read {file}: no such file; check the spelling")
+        if not (path.is_file() and os.access(path, os.R_OK)):  # a pipe would block
+            raise UserError(f"/read {file}: no such file that you may read; check the spelling")
         self.answer("".join(read_text(path)).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
@@ -1853,68 +1736,124 @@ class Chat:
         self.model = load(os.path.expanduser(file.strip()), self.model.network.wte.weight.device)
         log(f"{file}: {self.model.metadata}")
 
+    def do_tokens(self, text: str) -> None:
+        """[TEXT]: show the ids of a text, or of the last prompt."""
+        text, tokenizer = text or self.prompt, self.model.tokenizer
+        mapped = [tokenizer.normalize_prompt(c)[0] for c in text]  # "" where it is dropped
+        styles = [WARM[c != known] for c, known in zip(text, mapped, strict=True)]
+        ids = ["+".join(map(str, tokenizer.encode(known))) or "-" for known in mapped]
+        self.console.print(annotated(text, styles, [f"{i} " for i in ids], self.console.width))
+        known, notice = tokenizer.normalize_prompt(text)
+        counts = f"characters: {len(text):,}, ids: {len(known):,}, of 1 to {len(tokenizer) - 1:,}"
+        self.console.print(f"{counts}\n{visible(notice)}".rstrip())
+
     def do_probs(self, text: str) -> None:
         """[TEXT]: chart the probabilities of the next character, after each active setting."""
-        text = normalized(self.model, text or self.last())
-        probs_view(self.console, self.model, text, self.cfg)
+        text = normalized(self.model, text or self.prompt)
+        ids = self.model.prompt_ids(text)
+        logits = predictions(self.model, ids, len(ids)).numpy()  # (1, V)
+        columns, active = {"model": softmax(logits)[0]}, SampleConfig(temperature=1.0)  # all off
+        logits[:, 0] = -np.inf  # U+FFFD is never sampled
+        seen = np.isin(np.arange(logits.size), ids)[None]
+        for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
+            value = getattr(self.cfg, name)
+            if value == getattr(active, name):
+                continue
+            active = replace(active, **{name: value or 1e-6})  # 0 is a limit
+            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
+            columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
+        unit = ((self.console.width - 8) // len(columns) - 7) / max(map(np.max, columns.values()))
+        cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
+        table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
+        likeliest, others = np.split(columns["model"].argsort(kind="stable")[::-1], [12])
+        for i in likeliest:
+            cells = (cell(p[i], "█" * round(unit * p[i])) for p in columns.values())
+            table.add_row(f"'{visible(self.model.tokenizer.characters[i])}'", *cells)
+        table.add_row(f"{len(others)} more", *(cell(p[others].sum()) for p in columns.values()))
+        self.console.print(f"After '{visible(text[-20:])}', in percent:", table)
 
-    def do_why(self, _: str) -> None:
-        """: show the surprise of each character of the last answer, in bits."""
-        texts = self.last(), self.written
-        prompt, answer = (self.model.tokenizer.normalize_prompt(text)[0] for text in texts)
+    def do_why(self, text: str) -> None:
+        """[TEXT]: show the surprise of each character of a text, or of the last answer."""
+        prompt, answer = ("", text) if text else (self.prompt, self.written)
+        prompt, _ = self.model.tokenizer.normalize_prompt(prompt)
+        answer, _ = self.model.tokenizer.normalize_prompt(answer)
         if not answer:
-            raise UserError("the last answer is empty; /more continues it")
-        why_view(self.console, self.model, prompt, answer)
+            raise UserError("there is no answer yet; type a prompt")
+        before, ids = self.model.prompt_ids(prompt), self.model.tokenizer.encode(answer)
+        logits = predictions(self.model, np.concatenate((before, ids)), len(before))[:-1]  # (N, V)
+        bits = logits.log_softmax(-1) / -math.log(2)  # surprise is -log2 p
+        surprise = bits[range(len(ids)), ids.astype("i8")]  # (N,)
+        digits = [str(min(9, round(s)) or "") for s in surprise.tolist()]
+        styles = [WARM[min(3, int(s / 2))] for s in surprise.tolist()]
+        self.console.print("Digit = surprise in bits: n means a 1-in-2^n chance")
+        self.console.print(annotated(answer, styles, digits, self.console.width))
+        mean = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
+        self.console.print(f"characters: {len(ids):,}, {mean}; least expected:")
+        for i in surprise.topk(min(3, len(ids))).indices.tolist():
+            least, best = bits[i].min(-1)
+            likeliest = f"('{visible(self.model.tokenizer.characters[best])}' {least:.1f})"
+            line = f"'{visible(answer[i])}' {surprise[i]:.1f} bits {likeliest} after "
+            context = (prompt + answer[:i])[-max(8, self.console.width - 34) :]
+            self.console.print(f"{line}'{visible(context)}'")
 
     def do_attn(self, numbers: str) -> None:
         """[LAYER] [HEAD]: map the attention within the last prompt (last layer, mean of heads)."""
-        if not re.fullmatch(r"\d{0,4}( \d{1,4})?", numbers.strip()):
-            raise UserError("usage: /attn [LAYER] [HEAD], numbers from 1")
-        layer, head = [*map(int, numbers.split()), None, None][:2]
-        prompt, _ = self.model.tokenizer.normalize_prompt(self.last())
-        attn_view(self.console, self.model, prompt, layer, head)
-
-    def do_tokens(self, text: str) -> None:
-        """[TEXT]: show the ids of a text, or of the last prompt."""
-        tokens_view(self.console, self.model, text or self.last())
+        config, (layer, head) = self.model.network.config, [*numbers.split(), "", ""][:2]
+        for name, word, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
+            if word and word not in map(str, range(1, last + 1)):
+                raise UserError(f"--{name} {word}: must be from 1 to {last}")
+        layer, head = int(layer or config.n_layer), int(head or 0)
+        ids = self.model.prompt_ids(normalized(self.model, self.prompt))
+        ids = torch.from_numpy(ids[context_start(len(ids), config.block_size) :].astype("i8"))
+        weights = attention_weights(self.model.network, ids, layer - 1)  # (H, T, T)
+        weights = weights[head - 1] if head else weights.mean(0)  # (T, T)
+        which = f"head {head} of" if head else "mean of heads:"
+        bounds, T = torch.tensor((0.05, 0.15, 0.30, 0.60)), len(ids)
+        levels = torch.bucketize(weights, bounds, right=True).tolist()  # (T, T), from 0 to 4
+        n = min(T, (self.console.width - 16) // 2, max(8, self.console.height - 4))
+        names = [visible(self.model.tokenizer.characters[i]) for i in ids]
+        lines = Text(f"Layer {layer} of {config.n_layer}, {which} {config.n_head}\n")
+        lines.append("attention from: ░ 5%  ▒ 15%  ▓ 30%  █ 60%\n    ")
+        lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
+        for t in range(T - n, T):
+            lines.append(f"\n {set_cell_size(names[t], 2)} ", "bold")
+            for level in levels[t][T - n :]:
+                lines.append(SHADES[level] * 2, COOL[level])
+            most = int(weights[t].argmax())
+            lines.append(f" '{names[most]}' {weights[t, most]:.0%}")
+        self.console.print(lines)
 
     def do_quit(self, _: str) -> None:
         """: leave; so do quit, exit and Ctrl-D."""
-        self.done = True
+        raise EOFError
 
 
-def is_complete(prompt: str) -> bool:
-    """Whether a prompt is complete: one that begins with three quotes must end with three more."""
-    stripped = prompt.rstrip()
-    return not prompt.startswith('"""') or (len(stripped) > 5 and stripped.endswith('"""'))
+is_open = re.compile('(?s)"""(?!.*""")').match  # of a prompt: three more quotes must end it
 
 
 def read_prompt() -> str:
     """A prompt from a pipe, or from a terminal that cannot move its cursor."""
     print("Prompt: ", end="", file=sys.stderr, flush=True)
-    text = ""
-    try:
-        while (line := sys.stdin.readline()) and not is_complete(text := text + line):
-            pass
-        if not text:
-            raise EOFError
-    finally:
-        log() if not text else None
+    text = sys.stdin.readline()
+    while is_open(text) and (line := sys.stdin.readline()):
+        text += line
+    if not text:
+        log()
+        raise EOFError
     return text.removesuffix("\n")
 
 
 def prompt_reader(chat: Chat) -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if not is_terminal or os.environ.get("TERM") in ("dumb", "unknown"):
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         return read_prompt
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
-    earlier = history.InMemoryHistory()
-    with suppress(OSError, RuntimeError):  # no home folder
-        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "anexa"
-        state.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(state / "history", os.O_WRONLY | os.O_CREAT, 0o600))  # only for the user
-        earlier = history.FileHistory(state / "history")
+    earlier, folder = None, os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    with suppress(OSError, RuntimeError):  # no home folder, or one that is read-only
+        path = Path(folder, "anexa", "history").expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o600)  # only for the user
+        earlier = history.FileHistory(path)
     words = [*(f"/set {name}" for name in chat.settings), *(f"/{name}" for name in chat.commands)]
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
     completers = completion.WordCompleter(words, sentence=True), completion.NestedCompleter(files)
@@ -1924,7 +1863,7 @@ def prompt_reader(chat: Chat) -> Callable[[], str]:
         completer=completion.merge_completers(completers),
         complete_while_typing=False,
         complete_style=prompt_toolkit.shortcuts.CompleteStyle.READLINE_LIKE,
-        multiline=Condition(lambda: not is_complete(session.default_buffer.text)),
+        multiline=Condition(lambda: bool(is_open(session.default_buffer.text))),
         enable_suspend=True,
     )
     return lambda: session.prompt().encode(errors="replace").decode()
@@ -1932,28 +1871,18 @@ def prompt_reader(chat: Chat) -> Callable[[], str]:
 
 def chat_loop(model: Model, cfg: SampleConfig) -> None:
     """The prompt loop, until `quit`, `exit` or the end of the input."""
+    log("\n--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)")
     chat = Chat(model, cfg)
-    log("\n--- Interactive Generation ---")
-    log("Enter a prompt to continue (or 'quit' to exit)")
     read = prompt_reader(chat)
-    while not chat.done:
+    while True:
         try:
-            line = read()
-        except (EOFError, OSError):  # the end of the input, or no terminal any more
+            chat.respond(read())
+        except EOFError:
             return
         except KeyboardInterrupt:
             log("(quit or Ctrl-D leaves)")
-            continue
-        try:
-            chat.respond(line)
-        except KeyboardInterrupt:
-            log("(stopped)")
         except UserError as error:
             log(f"({str(error).removeprefix('--')})")
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk, say
-            log(f"({error.filename or 'system'}: {error.strerror or error})")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -2508,7 +2437,6 @@ def cmd_generate(args: argparse.Namespace) -> None:
         for (piece,) in model.stream_batch(prompt, cfg):
             write_stdout(piece)
         return write_stdout("\n")
-    cfg = replace(cfg, seed=secrets.randbits(62) if cfg.seed is None else cfg.seed)
     for first in range(0, n, 64):  # more at once would fill the memory with keys and values
         pieces = model.stream_batch(prompt, cfg, range(first, min(n, first + 64)))
         for text in map("".join, zip(*pieces, strict=True)):
@@ -2516,20 +2444,15 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    model = load_from_args(args)
-    cfg, (text, _) = from_args(SampleConfig, args), model.tokenizer.normalize_prompt(args.prompt)
-    if not text:
+    chat = Chat(load_from_args(args), from_args(SampleConfig, args), stderr=False)
+    chat.prompt, _ = chat.model.tokenizer.normalize_prompt(args.prompt)
+    if not chat.prompt:
         raise UserError(f"{args.prompt!r}: no character that the model knows; give another text")
-    console = PlainConsole(stderr=False)
-    views = dict(
-        tokens=lambda: tokens_view(console, model, args.prompt),
-        probs=lambda: probs_view(console, model, text, cfg),
-        why=lambda: why_view(console, model, "", text),
-        attn=lambda: attn_view(console, model, text, args.layer, args.head),
-    )
+    layer = chat.model.network.config.n_layer if args.layer is None else args.layer
+    arguments = dict(tokens=args.prompt, why=chat.prompt, attn=f"{layer} {args.head or ''}")
     for i, view in enumerate(args.view or VIEWS):
         print(end="\n" * bool(i), flush=True)
-        views[view]()
+        chat.commands[view](arguments.get(view, ""))
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
@@ -2556,13 +2479,12 @@ def cmd_info(args: argparse.Namespace) -> None:
     if args.json:
         return print(json.dumps(asdict(m)))
     listed = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v is not None)
-    config, data, path = GPTConfig(**m.config), m.data, args.model
+    data, names = m.data, text_names(m.data["names"])
     rows = {
-        "checkpoint" if "loss_sum" in tensors else "model": f"{path}, {m}",
-        "network": f"{config.n_parameters():,} parameters: {listed(m.config)}",
-        "characters": f"{len(m.characters) - 1:,}: {''.join(map(glyph, m.characters[1:201]))}",
-        "data": f"{text_names(data['names'])}, {data['characters']:,} characters, SHA-256 "
-        + data["sha256"],
+        "checkpoint" if "loss_sum" in tensors else "model": f"{args.model}, {m}",
+        "network": f"{GPTConfig(**m.config).n_parameters():,} parameters: {listed(m.config)}",
+        "characters": f"{len(m.characters) - 1:,}: {visible(m.characters[1:201])}",
+        "data": f"{names}, {data['characters']:,} characters, SHA-256 {data['sha256']}",
         "training": listed(m.training),
     }
     for name, text in rows.items():

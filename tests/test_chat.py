@@ -306,11 +306,10 @@ def test_lines_that_are_not_for_the_model(model, cli):
     """Catches a mistyped command that is continued as a text, and a traceback."""
     lines = {
         "/xyzzy": "/help", "/": "/help", "/respond x": "unknown", "/__init__ x": "unknown",
-        "/attn 1 2 3": "/attn [LAYER] [HEAD]", "/attn x": "usage", "/regen": "no answer yet",
-        "/more": "no answer yet", "/why": "no answer yet", "/probs": "no answer yet",
-        "/tokens": "no answer yet", "/attn": "no answer yet", "/read": "usage: /read FILE",
-        "/read /": "no such file", "/model": "usage", "/model no.safetensors": "no such file",
-        "/read model.safetensors": "not ",
+        "/attn x": "layer x: must be from 1 to 2", "/attn 1 3": "head 3: must be from 1 to 2",
+        "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer yet",
+        "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
+        "/model no.safetensors": "no such file", "/read model.safetensors": "not ",
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]
