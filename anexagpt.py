@@ -1576,6 +1576,7 @@ VIEWS = ("tokens", "probs", "why", "attn")
 SHADES = " ░▒▓█"
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
+is_open = re.compile('(?s)"""(?!.*""")').match  # of a prompt: three more quotes must end it
 
 
 def visible(text: str) -> str:
@@ -1808,27 +1809,22 @@ class Chat:
         weights = attention_weights(self.model.network, ids, layer - 1)  # (H, T, T)
         weights = weights[head - 1] if head else weights.mean(0)  # (T, T)
         which = f"head {head} of" if head else "mean of heads:"
-        bounds, T = torch.tensor((0.05, 0.15, 0.30, 0.60)), len(ids)
-        levels = torch.bucketize(weights, bounds, right=True).tolist()  # (T, T), from 0 to 4
-        n = min(T, (self.console.width - 16) // 2, max(8, self.console.height - 4))
+        levels = torch.bucketize(weights, torch.tensor([0.05, 0.15, 0.3, 0.6]), right=True).tolist()
+        n = min(len(ids), max(1, self.console.width // 2 - 8), max(8, self.console.height - 4))
         names = [visible(self.model.tokenizer.characters[i]) for i in ids]
         lines = Text(f"Layer {layer} of {config.n_layer}, {which} {config.n_head}\n")
         lines.append("attention from: ░ 5%  ▒ 15%  ▓ 30%  █ 60%\n    ")
         lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
-        for t in range(T - n, T):
-            lines.append(f"\n {set_cell_size(names[t], 2)} ", "bold")
-            for level in levels[t][T - n :]:
+        for name, row, shades in zip(names[-n:], weights[-n:], levels[-n:], strict=True):
+            lines.append(f"\n {set_cell_size(name, 2)} ", "bold")
+            for level in shades[-n:]:
                 lines.append(SHADES[level] * 2, COOL[level])
-            most = int(weights[t].argmax())
-            lines.append(f" '{names[most]}' {weights[t, most]:.0%}")
+            lines.append(f" '{names[row.argmax()]}' {row.max():.0%}")
         self.console.print(lines)
 
     def do_quit(self, _: str) -> None:
         """: leave; so do quit, exit and Ctrl-D."""
         raise EOFError
-
-
-is_open = re.compile('(?s)"""(?!.*""")').match  # of a prompt: three more quotes must end it
 
 
 def read_prompt() -> str:
