@@ -339,13 +339,11 @@ def test_help(model, cli):
 
 def test_views_and_answers_follow_the_session(model, tiny, cli):
     """Catches a view of another prompt, answer or setting, and answers of the model before."""
-    lines = "first|second|/set top-k 3|/tokens|/probs|/attn|/why|/probs third|/why fourth".split(
-        "|"
-    )  # noqa: SIM905
-    tokens, probs, attn, why, other, fourth = chat(cli, *lines)[1].split("Prompt: ")[4:10]
+    lines = "first|second|/set top-k 3|/tokens|/probs|/attn|/why|/probs third|/why it".split("|")  # noqa: SIM905
+    tokens, probs, attn, why, other, given = chat(cli, *lines)[1].split("Prompt: ")[4:10]
     assert "s e c o n d" in re.sub(" +", " ", tokens) and "after 'second" in why
     assert "After 'second'" in probs and "top-k 3" in probs and "After 'third'" in other
-    assert "fourth" in fourth and "characters: 6" in fourth and "second" not in fourth
+    assert "characters: 2," in given and "second" not in given
     assert [row[1] for row in attn.splitlines()[3:]] == list("second")
     other = random_model(tiny, "other model.safetensors", CHARACTERS, scale=0.3)
     out, _ = chat(cli, "the", "/model other model.safetensors", "/regen", options=["--seed", 1])
