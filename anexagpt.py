@@ -1154,16 +1154,14 @@ def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
 # ---- text sources --------------------------------------------------------------------------------
 # Names, files, folders and URLs become one text, in pieces: it may be larger than the memory.
 
-
-GITHUB = "https://raw.githubusercontent.com"
 SOURCES = {  # built-in texts and their mirrors
     "sherlock": [
         "https://www.gutenberg.org/cache/epub/1661/pg1661.txt",
         "https://www.gutenberg.org/files/1661/1661-0.txt",
-        f"{GITHUB}/jsvine/markovify/master/test/texts/sherlock.txt",
+        "https://raw.githubusercontent.com/jsvine/markovify/master/test/texts/sherlock.txt",
     ],
     "shakespeare": [
-        f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
     ],
 }
@@ -1180,36 +1178,25 @@ LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of th
 TIMEOUT = 10, 15  # seconds to connect, and until the next byte
 
 
-class DownloadError(UserError):
-    """No mirror has the text."""
-
-
 def has_ending(path: Path, name: str) -> bool:
     """Whether a file is all of a built-in text, however its lines are broken."""
     words = path.read_text("utf-8", "replace").split() if name in ENDINGS else []
     return ENDINGS.get(name, "") in " ".join(words)
 
 
-def cache_path(name: str) -> Path:
-    """Where the copy of a built-in text or of a URL is stored."""
-    if name in SOURCES:
-        return CACHE / f"{name}.txt"
-    stem = re.sub(r"[^\w.-]", "_", name.split("?")[0].rstrip("/").rpartition("/")[2])[-40:]
-    return CACHE / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}-{stem}"
-
-
 def download(name: str) -> Path:
-    """The stored copy of a built-in text or a URL, downloaded first if there is none.
-
-    raises: DownloadError if no mirror has it, OSError if it cannot be written
-    """
-    path, reasons = cache_path(name), []
+    """The stored copy of a built-in text or URL, downloaded if there is none.  raises: UserError"""
+    file_name, reasons = f"{name}.txt", []
+    if name not in SOURCES:
+        digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
+        file_name = f"{digest}-" + re.sub(r"[^\w.-]", "_", Path(name.split("?")[0]).name)[-40:]
+    path = CACHE / file_name
     if path.is_file() and has_ending(path, name):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     for url in SOURCES.get(name, [name]):
         host = url.split("/")[2].rpartition("@")[2]
-        log(f"Downloading {path.name} from {host} ...")
+        log(f"Downloading {file_name} from {host} ...")
         try:
             headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
             response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
@@ -1230,35 +1217,27 @@ def download(name: str) -> Path:
             reasons.append(f"{host}: the connection failed ({type(error).__name__})")
         except ValueError as error:
             reasons.append(f"{host}: {error}")
-    fix = "try again, or give a text file"
-    name = escape_control(re.sub(r"//[^/]*@|[?#].*", "", name))
-    raise DownloadError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
+    name, fix = re.sub(r"//[^/]*@|[?#].*", "", name), "try again, or give a text file"
+    raise UserError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
 
 
-def find_texts(name: str, encoding: str) -> list[tuple[Path | bytes, str]]:
-    """Files (or bytes) and their encodings for one name of --data.
-
-    raises: UserError
-    """
+def find_texts(name: str) -> list[Path | bytes]:
+    """Files, or their bytes, for one name of --data.  raises: UserError"""
     if name == FALLBACK:
         from pydoc_data.topics import topics
 
-        return [("\n\n".join(topics[topic] for topic in sorted(topics)).encode(), "utf-8")]
+        return ["\n\n".join(topics[topic] for topic in sorted(topics)).encode()]
     if name == "-":
-        return [(sys.stdin.buffer.read(), encoding)]
-    if name in SOURCES or re.match("https?://[^/]", name, re.IGNORECASE):
-        return [(download(name), "utf-8" if name in SOURCES else encoding)]
-    path = Path(name)
-    if name and path.is_dir():  # Path("") is the current folder
-        files = [f for f in path.glob("[!.]*") if f.suffix.lower() in (".txt", ".md")]
-        files = sorted(f for f in files if f.is_file())
-        if not files:
-            raise UserError(f"--data {name}: a folder without *.txt or *.md; choose another")
-        return [(file, encoding) for file in files]
-    if not path.is_file():
-        known = f"no such file, folder or built-in text ({', '.join(BUILT_IN)})"
+        return [sys.stdin.buffer.read()]
+    if name in SOURCES or re.match("(?i)https?://[^/]", name):
+        return [download(name)]
+    path = Path(name or "?")  # Path("") is the current folder
+    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.glob("[!.]*")))
+    texts = [f for f in files if f == path or f.suffix.lower() in (".txt", ".md")]
+    if not texts:
+        known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
         raise UserError(f"--data {text_names([name])}: {known}; check the spelling")
-    return [(path, encoding)]
+    return texts
 
 
 def strip_license(text: str) -> str:
@@ -1268,36 +1247,32 @@ def strip_license(text: str) -> str:
     if not start or not ends:
         return text
     body = text[start.end() : ends[-1].start()].strip()
-    lines = body.rsplit("\n", 1)  # older editions have a last line of their own
-    is_footer = re.match("End of (the )?Project Gutenberg", lines[-1])
-    return (lines[0].rstrip() if is_footer else body) + "\n"
+    # Older editions have a last line of their own.
+    return re.sub("\nEnd of (the )?Project Gutenberg.*$", "", body).rstrip() + "\n"
 
 
 def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
-    r"""Text of a file in pieces: \n line ends, no byte order mark, no Project Gutenberg license.
-
-    raises: UserError if the bytes are not text in that encoding
-    """
-    name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
+    r"""Pieces of a text: \n line ends, no byte order mark, no license.  raises: UserError"""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as raw:
             file, first = io.TextIOWrapper(raw, encoding), True
-            while text := file.read(PIECE):
-                text.encode()  # some encodings have surrogates, which are not characters
-                if "\0" in text:
+            while piece := file.read(PIECE):
+                piece.encode()  # some encodings have surrogates, which are not characters
+                if "\0" in piece:
                     raise UnicodeError
-                yield strip_license(text.removeprefix("\ufeff")) if first else text
+                yield strip_license(piece.removeprefix("\ufeff")) if first else piece
                 first = False
     except LookupError:
         fix = "unknown to Python; try utf-8, latin-1 or cp1252"
         raise UserError(f"--encoding {encoding}: {fix}") from None
     except UnicodeError:
+        name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
         fix = "save it as plain text, not PDF or Word, or give its --encoding, e.g. cp1252, utf-16"
         raise UserError(f"{name}: not plain {encoding.upper()} text; {fix}") from None
 
 
 def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
-    """Pieces of several texts one after another, each beginning on a new line."""
+    """Pieces of texts in their encodings, one after another, each beginning on a new line."""
     last = "\n"
     for source, encoding in sources:
         for i, piece in enumerate(read_text(source, encoding)):
@@ -1305,8 +1280,7 @@ def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
             last = piece
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """A text to train or evaluate on."""
 
     data: dict  # see Metadata.data
@@ -1317,39 +1291,34 @@ class Corpus:
 def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
     """The texts of --data; without names Sherlock Holmes or, if no mirror answers, FALLBACK.
 
-    The text is read twice: for its vocabulary, then for its ids.  raises: UserError
+    They are read twice: for their vocabulary, then for their ids.  raises: UserError
     """
+    sources, seen, sha256, n = [], np.zeros(0x110000, bool), hashlib.sha256(), 0
     try:
-        sources = [s for name in names or ["sherlock"] for s in find_texts(name, encoding)]
-    except DownloadError as error:
+        for name in names or ["sherlock"]:
+            own = "utf-8" if name in BUILT_IN else encoding
+            sources += [(source, own) for source in find_texts(name)]
+    except UserError as error:
         if names:
             raise
         log(f"NOTE: {error}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
     names = ["standard input" if name == "-" else name for name in names or ["sherlock"]]
-    seen, sha256, n = np.zeros(0x110000, bool), hashlib.sha256(), 0
     for piece in read_texts(sources):
         seen[code_points(piece)] = True
         sha256.update(piece.encode())
         n += len(piece)
     if seen.sum() > 65_535:
-        kinds = "more than 65,535 different characters; is it text?"
-        raise UserError(f"--data {text_names(names)}: {kinds}")
+        raise UserError(f"--data {text_names(names)}: over 65,535 kinds of characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, seen.nonzero()[0])))
-    ids = np.empty(n if n < LONG_TEXT else 0, tokenizer.table.dtype)
-    if n >= LONG_TEXT:
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=CACHE) as file:  # without a name; ends with the process
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
-                os.posix_fallocate(file.fileno(), 0, n * ids.itemsize)
-            ids = np.memmap(file, ids.dtype, "w+", shape=n)
-    position = 0
-    for piece in read_texts(sources):
-        ids[position : position + len(piece)] = tokenizer.encode(piece)[: max(0, n - position)]
-        position += len(piece)
-    if position != n:
-        raise UserError(f"--data {text_names(names)}: changed while it was read; try again")
+    is_long, dtype = n >= LONG_TEXT, tokenizer.table.dtype
+    with tempfile.TemporaryFile(dir=".") if is_long else io.BytesIO() as file:
+        for piece in read_texts(sources):
+            file.write(tokenizer.encode(piece))
+        if file.tell() != n * dtype.itemsize:
+            raise UserError(f"--data {text_names(names)}: changed while it was read; try again")
+        ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
     return Corpus(dict(names=names, sha256=sha256.hexdigest(), characters=n), tokenizer, ids)
 
 
