@@ -1342,9 +1342,8 @@ class DistributedContext(NamedTuple):
         """Sum the gradients over all ranks, as one vector: many small messages would be slower."""
         if self.world_size > 1:
             grads = [p.grad for p in model.parameters()]
-            flat = self.all_reduce(torch.cat([grad.flatten() for grad in grads]))
-            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+            vector = self.all_reduce(nn.utils.parameters_to_vector(grads))
+            nn.utils.vector_to_parameters(vector, grads)
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Logical OR of each flag over all ranks."""
@@ -1359,8 +1358,8 @@ class DistributedContext(NamedTuple):
             errors[self.rank] = error
         if self.world_size > 1:  # pickled, but among our own processes only
             dist.all_gather_object(errors, errors[self.rank])
-        if any(errors):
-            raise next(filter(None, errors))
+        for error in filter(None, errors):
+            raise error
         return result
 
 
@@ -1370,18 +1369,18 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     if "WORLD_SIZE" not in os.environ:
         yield DistributedContext()
         return
-    needed = "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    if missing := [name for name in needed if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is set but not {missing[0]}; start with torchrun, or unset it")
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE is set but not {name}; start with torchrun, or unset it")
+    backend = "gloo"
     if device.type == "cuda":
-        n, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if n > n_gpus:
+        backend, n_gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
+        if (n := int(os.environ["LOCAL_WORLD_SIZE"])) > n_gpus:
             raise UserError(f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield DistributedContext(rank, world_size)
