@@ -76,7 +76,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -97,7 +97,6 @@ try:
     import numpy as np
     import prompt_toolkit
     import requests
-    import rich.live
     import rich.progress
     import safetensors.torch
     import torch
@@ -1391,6 +1390,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 # ---- terminal ------------------------------------------------------------------------------------
 # Generated text goes to stdout, everything else to stderr.
 
+PlainConsole = partial(Console, stderr=True, highlight=False, markup=False, emoji=False)
 STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
@@ -1410,21 +1410,10 @@ def write_stdout(text: str) -> None:
 
 
 def log(text: str = "") -> None:
-    """Print a message to stderr, wrapped to the terminal; of several ranks only rank 0 prints."""
+    """Print a message to stderr; of several ranks only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):
-            console = PlainConsole()
-            console.print(escape_control(text), soft_wrap=not console.is_terminal)
-
-
-class PlainConsole(Console):
-    """Console that shows text as it is, and goes on where its reader or terminal goes away."""
-
-    def __init__(self, stderr: bool = True):
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
-
-    def on_broken_pipe(self) -> None:
-        pass  # rich would end the program
+        with suppress(OSError):  # the reader or the terminal has gone
+            print(escape_control(text), file=sys.stderr, flush=True)
 
 
 class ProgressDisplay:
@@ -1433,17 +1422,13 @@ class ProgressDisplay:
     def __init__(self, trainer: Trainer, sample: Callable[[], str], quiet: bool, board=None):
         self.t, self.sample, self.quiet, self.board = trainer, sample, quiet, board
         self.warned, self.started, self.shown = False, (time.monotonic(), trainer.step), 0.0
-        console = PlainConsole()
-        self.live = rich.live.Live(console=console, auto_refresh=False, transient=True)
-        self.is_live = console.is_terminal and not quiet
-        if self.is_live:
-            self.live.start()
+        self.is_live = sys.stderr.isatty() and not quiet
 
     def metrics(self) -> tuple[str, float, str]:
         """Step and losses, characters per second, speed and time left: within 60 columns."""
         t, (started, first) = self.t, self.started
         speed = (t.step - first) / max(time.monotonic() - started, 1e-9)  # steps per second
-        seconds = int((t.cfg.max_steps - t.step) / speed) if speed else 0
+        seconds = int((t.cfg.max_steps - t.step) / speed)
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}".removeprefix("0:")
         last, training, validation = t.history[-1] if t.history else (0, math.nan, math.nan)
         if t.step > last:
@@ -1452,39 +1437,40 @@ class ProgressDisplay:
         speed *= t.cfg.batch_size * t.model.config.block_size
         return losses.replace("nan", "  -  "), speed, f"{speed:,.0f} char/s {left} left"
 
+    def show(self, line: str = "", end: str = "\r") -> None:
+        """Print a line over the live line, which ends in a carriage return."""
+        if self.is_live:
+            with suppress(OSError):
+                line = set_cell_size(line, PlainConsole().width - 1)
+                print(line, end=end, file=sys.stderr, flush=True)
+
     def update(self) -> None:
         """Refresh the live line, five times per second at most."""
         if self.is_live and time.monotonic() - self.shown > 0.2:
-            self.shown, (losses, _, speed) = time.monotonic(), self.metrics()
-            with suppress(OSError):
-                line = Text(f"{losses} {speed}", no_wrap=True, overflow="crop")
-                self.live.update(line, refresh=True)
+            self.shown, (losses, _, left) = time.monotonic(), self.metrics()
+            self.show(f"{losses} {left}")
 
     def evaluation(self) -> None:
         """Report an evaluation with a sample of what the model writes."""
         losses, speed, left = self.metrics()
         sample = escape_control(self.sample().replace("\n", " ")) if not self.quiet else ""
         if self.is_live:
-            with suppress(OSError):
-                line = Text(f"{losses} | {sample}", no_wrap=True, overflow="ellipsis")
-                self.live.console.print(line)
+            self.show(f"{losses} | {sample}", "\n")
         elif not self.quiet:
             log(f"{losses} {left} | {sample}")
         if self.board:
             step, training, validation = self.t.history[-1]
-            scalars = dict(training_loss=training, validation_loss=validation)
-            scalars |= dict(lr_scale=lr_scale(step - 1, self.t.cfg), characters_per_second=speed)
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+            self.board.add_scalar("training_loss", training, step)
+            self.board.add_scalar("validation_loss", validation, step)
+            self.board.add_scalar("lr_scale", lr_scale(step - 1, self.t.cfg), step)
+            self.board.add_scalar("characters_per_second", speed, step)
         if self.t.overfits() and not self.warned:
             self.warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
             log("weights are saved; try more --dropout, fewer --max-steps or more text.")
 
     def close(self) -> None:
-        with suppress(OSError):
-            self.live.stop()
+        self.show()
         if self.board:
             self.board.close()
 
@@ -1493,16 +1479,15 @@ def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
     """Training (o) and validation (x) loss over the steps as lines of text."""
     if len(history) < 2:
         return ""
-    losses = [loss for row in history for loss in row[1:]]
-    low, high, last, columns = min(losses), max(losses), history[-1][0], width - 9
-    grid = [[" "] * columns for _ in range(height)]
-    for step, training, validation in history:
-        column = round(step / last * (columns - 1))
-        for loss, mark in ((training, "o"), (validation, "x")):
-            grid[round((high - loss) / max(high - low, 1e-9) * (height - 1))][column] = mark
-    ticks = [high - (high - low) * i / (height - 1) for i in range(height)]
+    steps, *losses = np.array(history).T  # (N,) each
+    columns = np.rint(steps / steps[-1] * (width - 10)).astype(int)
+    ticks = np.linspace(np.max(losses), np.min(losses), height)
+    grid = np.full((height, width - 9), " ")
+    for loss, mark in zip(losses, "ox", strict=True):
+        rows = (ticks[0] - loss) / max(ticks[0] - ticks[-1], 1e-9) * (height - 1)
+        grid[np.rint(rows).astype(int), columns] = mark
     lines = [f"{y:7.3f} |{''.join(row).rstrip()}" for y, row in zip(ticks, grid, strict=True)]
-    lines += [" " * 8 + "+" + "-" * columns, f"{'':9}0{f'step {last:,}':>{columns - 1}}"]
+    lines += [f"{'':8}+{'-' * (width - 9)}", f"{'':9}0{f'step {history[-1][0]:,}':>{width - 10}}"]
     return "\n".join([*lines, f"{'':9}loss in nats/char: o training, x validation"])
 
 
@@ -1510,8 +1495,8 @@ def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
 def stop_signals() -> Iterator[list[int]]:
     """Within it Ctrl-C, SIGTERM and SIGHUP go into the list instead of ending the process.
 
-    Ctrl-C again, a second or more later, raises KeyboardInterrupt: a terminal, a wrapper and
-    torchrun may each send a signal of their own for one key press.
+    Ctrl-C again raises KeyboardInterrupt, but not within a second: for one key press a terminal,
+    a wrapper and torchrun may each send a signal.
     """
     caught, times = [], []
 
@@ -1525,16 +1510,15 @@ def stop_signals() -> Iterator[list[int]]:
         elif number == signal.SIGINT and times[-1] - times[0] > 1:
             raise KeyboardInterrupt
 
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    before = {n: signal.getsignal(n) for n in numbers}
-    before = {n: old for n, old in before.items() if old is not signal.SIG_IGN}  # as under nohup
+    numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
-        for number in before:
+        for number in before:  # not one that is ignored, as under nohup
             signal.signal(number, handle)
         yield caught
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- chat ----------------------------------------------------------------------------------------
