@@ -1221,7 +1221,7 @@ def download(name: str) -> Path:
 
 
 def find_texts(name: str) -> list[Path | bytes]:
-    """Files, or their bytes, for one name of --data.  raises: UserError"""
+    """The files, or the bytes of one, that a name of --data stands for.  raises: UserError"""
     if name == FALLBACK:
         from pydoc_data.topics import topics
 
@@ -1852,13 +1852,12 @@ def without_paths(metadata: Metadata) -> Metadata:
     """Metadata to publish: names of texts without folders, hosts, passwords and queries."""
 
     def public(name: str) -> str:
-        name = re.sub("[?#].*", "", name) if "://" in name else name
+        name = re.sub(r"^\w+://[^/]*|[?#].*", "", name) if "://" in name else name
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
-    init = metadata.training.get("init")
-    training = metadata.training | (dict(init=public(init)) if init else {})
-    data = metadata.data | dict(names=[public(name) for name in metadata.data["names"]])
-    return replace(metadata, data=data, training=training)
+    training, names = dict(metadata.training), map(public, metadata.data["names"])
+    training["init"] = training.get("init") and public(training["init"])
+    return replace(metadata, data=metadata.data | dict(names=[*names]), training=training)
 
 
 CARD = """\
@@ -1867,22 +1866,22 @@ CARD = """\
 ---
 # {title}
 
-A character-level GPT-2 with {n_parameters:,} parameters, trained from scratch with Anexa on
-{text} ({characters:,} characters, SHA-256 `{sha256}`). It continues a prompt in the manner of that
-text:
+A character-level GPT-2 with {config}, trained from scratch with Anexa on {text}
+({data[characters]:,} characters, SHA-256 `{data[sha256]}`). It continues a prompt in the manner of
+that text:
 
 {sample}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
-of that text, sometimes its very sentences. Prompt and answer together have at most {block_size:,}
-characters; beyond them transformers raises IndexError, and llama.cpp stops. One token is one of
-{vocab_size:,} characters; any other is read as U+FFFD.
+of that text, sometimes its very sentences. Prompt and answer together have at most
+{config.block_size:,} characters; beyond them transformers raises IndexError, and llama.cpp stops.
+One token is one of {config.vocab_size:,} characters; any other is read as U+FFFD.
 
 ```python
 from transformers import pipeline
 
 write = pipeline("text-generation", model="{title}")
-print(write("{prompt}", max_length={block_size})[0]["generated_text"])
+print(write("{prompt}", max_length={config.block_size})[0]["generated_text"])
 ```
 
 With Anexa, at any length: `python anexagpt.py chat model.safetensors`
@@ -1899,28 +1898,24 @@ License of the weights: {license}. License of the text: {rights}.
 def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
     hub, m, config = optional("huggingface_hub"), model.metadata, model.network.config
-    names, loss, bits = m.data["names"], m.validation_loss, m.validation_loss / math.log(2)
-    known = names[0] if len(names) == 1 and names[0] in RIGHTS else None
+    text, loss = text_names(m.data["names"]), m.validation_loss
+    bits = loss / math.log(2)
     sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
     prompt = (re.findall(r"\w+", sample) or [""])[0]
     listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
     indented = lambda text: textwrap.indent(text, "    ", lambda line: True)
-    result = ("text-generation", "text", text_names(names))
+    result = lambda *metric: hub.EvalResult("text-generation", "text", text, *metric)
     front = hub.ModelCardData(
-        model_name=title, license=license, language="en" if known else None,
+        model_name=title, license=license, language="en" if text in RIGHTS else None,
         library_name="transformers", pipeline_tag="text-generation", widget=[dict(text=prompt)],
         tags=["anexa", "gpt2", "character-level"],
-        eval_results=[
-            hub.EvalResult(*result, "loss", round(loss, 4), metric_name="nats/char"),
-            hub.EvalResult(*result, "bits_per_character", round(bits, 4), metric_name="bits/char"),
-        ],
+        eval_results=[result("loss", round(loss, 4)), result("bits_per_character", round(bits, 4))],
     )  # fmt: skip
     return CARD.format(
-        front=front.to_yaml(), title=title, text=text_names(names), license=license, loss=loss,
-        characters=m.data["characters"], sha256=m.data["sha256"], sample=indented(sample),
-        bits=bits, n_parameters=config.n_parameters(), block_size=config.block_size, prompt=prompt,
-        vocab_size=config.vocab_size, training=listed(m.training), network=listed(m.config),
-        chart=indented(loss_chart(m.history)), rights=RIGHTS.get(known, "its own"),
+        front=front.to_yaml(), title=title, config=config, text=text, data=m.data, prompt=prompt,
+        sample=indented(sample), loss=loss, bits=bits, training=listed(m.training),
+        network=listed(m.config), chart=indented(loss_chart(m.history)), license=license,
+        rights=RIGHTS.get(text, "its own"),
     )  # fmt: skip
 
 
@@ -1929,41 +1924,38 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     if model.metadata.validation_loss is None:
         raise UserError("this run has not been evaluated yet; train it for 50 steps or more")
     model = replace(model, metadata=without_paths(model.metadata))
-    config, characters = model.network.config, model.tokenizer.characters
+    config, vocab = model.network.config, {c: i for i, c in enumerate(model.tokenizer.characters)}
     # transformers stores the matrices of the blocks as (in, out), nn.Linear as (out, in).
     weights = {
         f"transformer.{name}": (w.t() if name.startswith("h.") else w).detach().contiguous()
         for name, w in model.network.named_parameters()
     }
-    vocab = {c: i for i, c in enumerate(characters)}
     # Only length ends a text. An empty prompt stands for a line end, as here.
-    special_ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
+    ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
     sampling = dict(do_sample=True, temperature=SampleConfig().temperature, top_k=0)
     sampling["max_length"] = config.block_size
-    special = dict(id=0, content=UNKNOWN, special=True)
-    special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    bpe = dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN)  # no merges: characters
-    rate = config.dropout or 0.0
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN)
+    rates = dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout or 0.0)
     documents = {
-        "generation_config.json": special_ids | sampling | dict(suppress_tokens=[0]),
+        "generation_config.json": dict(**ids, **sampling, suppress_tokens=[0]),
         "tokenizer.json": dict(
-            version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
-            pre_tokenizer=None, post_processor=None, decoder=dict(type="Fuse"), model=bpe,
+            version="1.0", added_tokens=[dict(id=0, content=UNKNOWN, special=True, **flags)],
+            truncation=None, padding=None, normalizer=None, pre_tokenizer=None, post_processor=None,
+            model=dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN),  # characters
+            decoder=dict(type="Fuse"),
         ),
         "tokenizer_config.json": dict(
             tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.block_size,
             padding_side="left", model_input_names=["input_ids", "attention_mask"],
-            clean_up_tokenization_spaces=False,
-            **dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN),
+            clean_up_tokenization_spaces=False, **tokens,
         ),
         "config.json": dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
             vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
             n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            embd_pdrop=rate, resid_pdrop=rate, attn_pdrop=0.0,
-            **(special_ids | dict(bos_token_id=None)),
-            task_specific_params={"text-generation": sampling},
+            attn_pdrop=0.0, **rates, **ids | dict(bos_token_id=None),
         ),
     }  # fmt: skip
     tensors = safetensors.torch.save(weights, model.metadata.to_header())
@@ -1980,13 +1972,6 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)
-
-
-GGUF_NAMES = {
-    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "h": "blk",
-    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-}  # fmt: skip
 
 
 def write_gguf(path: Path, model: Model, half: bool) -> None:
@@ -2010,20 +1995,20 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
         # Without an end token llama.cpp would take id 11, an ordinary letter.
         bos_token_id=0, eos_token_id=0, unk_token_id=0, add_bos_token=False,
     )  # fmt: skip
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, atomic_write(path) as file:
-        writer = gguf.GGUFWriter(Path(folder) / "gguf", "gpt2")
+    with atomic_write(path) as file:
+        writer = gguf.GGUFWriter(file.name, "gpt2")
         for name, value in entries.items():
             getattr(writer, f"add_{name}")(value)
         for name, weight in model.network.named_parameters():
             full = not half or weight.dim() == 1 or name.startswith("wpe")
-            name = re.sub(rf"\b({'|'.join(GGUF_NAMES)})\b", lambda m: GGUF_NAMES[m[0]], name)
-            writer.add_tensor(name, weight.detach().to(torch.float if full else torch.half).numpy())
+            weight = weight.detach().to(torch.float if full else torch.half)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        file.write((Path(folder) / "gguf").read_bytes())
 
 
 # ---- command line --------------------------------------------------------------------------------
