@@ -1410,10 +1410,13 @@ def write_stdout(text: str) -> None:
 
 
 def log(text: str = "") -> None:
-    """Print a message to stderr; of several ranks only rank 0 prints."""
+    """Print a message to stderr, wrapped to a terminal; of several ranks only rank 0 prints."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
         with suppress(OSError):  # the reader or the terminal has gone
-            print(escape_control(text), file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                PlainConsole().print(escape_control(text))
+            else:
+                print(escape_control(text), file=sys.stderr, flush=True)
 
 
 class ProgressDisplay:
@@ -1593,7 +1596,7 @@ class Chat:
     """A session with a model. `do_NAME(argument)` is the command /NAME, its docstring the help."""
 
     def __init__(self, model: Model, cfg: SampleConfig, stderr: bool = True):
-        self.model, self.cfg, self.console = model, cfg, PlainConsole(stderr)
+        self.model, self.cfg, self.console = model, cfg, PlainConsole(stderr=stderr)
         self.prompt, self.written, self.seed = "", "", None  # of the last answer
         self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
         self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
