@@ -32,16 +32,14 @@ examples:
   python anexagpt.py                               train on Sherlock Holmes, then chat
   python anexagpt.py train --data shakespeare --out bard.safetensors
   python anexagpt.py train your.txt --init bard.safetensors --out me.safetensors
-  python anexagpt.py chat bard.safetensors --temperature 0.6
   python anexagpt.py generate "It was a" -n 300 > story.txt
   python anexagpt.py export bard.safetensors hf-bard --gguf bard.gguf
 
 Ctrl-C stops a run and saves it; the same command resumes it.
 'python anexagpt.py COMMAND --help' lists the options of a command.
 
-The file reads from top to bottom. Config, tokenizer, model, optimizer, training and generation are
-a complete GPT; model file, text sources, distributed, terminal, chat, export and command line
-follow after the divider.
+The file reads from top to bottom: a complete GPT first; below the divider it is connected to files,
+texts, other processes, the terminal and other programs.
 
 Shapes: B batch, T time (characters in a window), C channels (n_embd), H heads, D = C / H channels
 of a head, S positions that a query attends to, V vocab_size, L layers (n_layer).
@@ -87,8 +85,7 @@ if __name__ == "__main__":  # before PyTorch, whose import takes a second
         sys.exit()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports
-    # OpenMP's threads spin while they wait. Mean training step on 2 cores: 41 to 48 ms; beside two
-    # busy processes 290 to 404 ms, and 101 ms if they spin for a short time only.
+    # OpenMP's threads spin while they wait; a short time only, or a busy machine trains 3x slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # the same, in ms, for Intel's and LLVM's OpenMP
 
@@ -131,7 +128,7 @@ class UserError(Exception):
 
 
 def option(default, help, low=None, high=None):
-    """Dataclass field that is also a command-line option."""
+    """Dataclass field that is also a command-line option, if it has a help text."""
     return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
@@ -225,17 +222,16 @@ class Tokenizer:
     def normalize_prompt(self, prompt: str) -> tuple[str, str]:
         """`prompt` in characters of the vocabulary, and a notice of what changed ("" if nothing).
 
-        An unknown character is mapped to an equivalent (straight quotes, dash, no accent, other
-        case), else dropped.
+        An unknown character is mapped to a straight quote, a dash, its form without accent or in
+        the other case; else it is dropped.
         """
         known, mapped = set(self.characters[1:]), {}
         prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")
-        for c in dict.fromkeys(prompt):
-            if c not in known:
-                decomposed = unicodedata.normalize("NFKD", c)
-                base = "".join(p for p in decomposed if not unicodedata.combining(p))
-                candidates = c.translate(EQUIVALENTS), base, c.swapcase(), base.swapcase()
-                mapped[c] = next((x for x in candidates if x and known.issuperset(x)), "")
+        for c in dict.fromkeys(c for c in prompt if c not in known):
+            decomposed = unicodedata.normalize("NFKD", c)
+            base = "".join(p for p in decomposed if not unicodedata.combining(p))
+            candidates = c.translate(EQUIVALENTS), base, c.swapcase(), base.swapcase()
+            mapped[c] = next((x for x in candidates if x and known.issuperset(x)), "")
         changes = [f"read {c} as {x}" if x else f"dropped {c}" for c, x in mapped.items()]
         more = f" and {len(changes) - 10:,} more" if len(changes) > 10 else ""
         return "".join(mapped.get(c, c) for c in prompt), ", ".join(changes[:10]) + more
@@ -266,22 +262,19 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal scaled dot-product attention (B, H, T, D): the T queries are the last of S positions.
+    """Causal scaled dot-product attention of q (B, H, T, D) to k and v (B, H, S, D): (B, H, T, D).
 
-    q (B, H, T, D), k and v (B, H, S, D)
+    The T queries are the last of S positions: query t attends to keys 0 to S - T + t.
     source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    mask = None  # else (T, S): query t attends to keys 0 to S - T + t
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or S > 512:
-        if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S)
-    # In bfloat16 on a CPU, and at these sizes, the plain formula is faster than the fused kernel.
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
-    mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
-    scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, S)
-    return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, -1)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:  # faster than fused
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
+        mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, S)
+        return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, D)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S)
 
 
 class KVCache:
@@ -310,8 +303,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # GPT-2 has the tanh form of GELU (Hendrycks and Gimpel 2016, section 2). In training on a
         # CPU the exact form takes half the time; it differs by at most 0.0005.
-        exact = self.training and x.device.type == "cpu"
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="none" if exact else "tanh"))
+        form = "none" if self.training and x.device.type == "cpu" else "tanh"
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=form))
 
 
 class Block(nn.Module):
@@ -339,28 +332,16 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout or 0.0)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        std = dict(
-            wte=0.02,  # as GPT-2
-            wpe=0.02,
-            c_attn=(2 * self.config.n_embd) ** -0.5,  # wider than GPT-2's 0.02: a step of Muon is
-            c_fc=(2 * self.config.n_embd) ** -0.5,  # larger than one of AdamW
-            c_proj=0.0,  # every block begins as the identity
-        )
+        wide = (2 * config.n_embd) ** -0.5  # GPT-2 has 0.02; a step of Muon is larger than AdamW's
+        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # blocks begin as x -> x
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                weight.normal_(std=std[name.split(".")[-2]])
+                nn.init.normal_(weight, std=std[name.split(".")[-2]])
             elif name.endswith("bias"):
-                weight.zero_()
+                nn.init.zeros_(weight)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of the character after each of `ids` (B, T), which follow the `cache`.
-
-        raises: IndexError if the cache and T are together more than block_size
-        """
+        """Logits (B, T, V) of what follows each of `ids` (B, T), which follow the `cache`."""
         start = cache.length if cache else 0
         end = start + ids.shape[1]
         if end > self.config.block_size:
@@ -399,18 +380,11 @@ class TrainConfig(Config):
     seed: int = option(1337, "of first weights, data order and dropout", 0, 2**63 - 1)
     init: str | None = option(None, "model file with the first weights, to train on from")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size and self.batch_size % self.grad_accum:
-            options = f"--batch-size {self.batch_size:,} --grad-accum {self.grad_accum:,}"
-            raise UserError(f"{options}: choose a --grad-accum that divides the batch size")
-
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """Factor of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
-    Most schedules decay to zero. Here averaging the weights (see ema_weight) takes the place of
-    the last part.
+    Most schedules decay to zero; here the moving average (ema_weight) replaces the last part.
     """
     warmup = min(cfg.warmup_steps, cfg.max_steps // 10)
     if step < warmup:
@@ -421,10 +395,10 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
 def ema_weight(step: int) -> float:
     """Share of the newest weights in the moving average (EMA) of the weights after `step` steps.
 
-    The average reaches back over about an eighth of the run so far. It is what is evaluated and
-    saved: the weights of a single step memorise and fluctuate more than their mean does.
-    source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
-    Models", section 3.1: power function EMA, to first order
+    The average, over about the last eighth of the run so far, is what is evaluated and saved: the
+    weights of a single step memorise and fluctuate more.
+    source: power function EMA, to first order, of Karras et al. 2024, "Analyzing and Improving the
+    Training Dynamics of Diffusion Models", section 3.1
     """
     return min(1.0, 8 / step)
 
@@ -445,10 +419,9 @@ def newton_schulz(X: Tensor) -> Tensor:
 class Muon:
     """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024), for matrices.
 
-    The gradient of a weight matrix is dominated by a few directions: its largest singular values
-    exceed the others by orders of magnitude, and an update that keeps these proportions hardly
-    learns the rare directions. Muon sets all singular values of the update to 1, so that every
-    direction advances at the same rate, at the cost of a few matrix products.
+    The gradient of a weight matrix is dominated by a few directions, whose singular values exceed
+    the others by orders of magnitude: an update in proportion hardly learns the rare directions.
+    Muon sets all singular values to 1, so that every direction advances at the same rate.
 
     Matrices of one shape form one stack. Those with more rows than columns are taken as groups of
     columns / 2 rows: half of the arithmetic, and a slightly lower loss.
@@ -456,30 +429,29 @@ class Muon:
 
     def __init__(self, weights: list[Tensor], cfg: TrainConfig, dtype: torch.dtype, momentum=0.9):
         self.cfg, self.dtype, self.momentum = cfg, dtype, momentum
-        stacks: dict[tuple[int, int], list[Tensor]] = {}
+        self.stacks: dict[tuple[int, int], list[Tensor]] = {}
         for weight in weights:
             rows, columns = weight.shape
             if rows > columns:
                 rows = columns // 2 if columns % 2 == 0 else columns
-            stacks.setdefault((rows, columns), []).append(weight)
-        self.stacks = list(stacks.values())
+            self.stacks.setdefault((rows, columns), []).append(weight)
         self.buffers = [  # momentum of each stack: (N, rows, columns)
             torch.cat([torch.zeros_like(w).view(-1, *shape) for w in stack])
-            for shape, stack in stacks.items()
+            for shape, stack in self.stacks.items()
         ]
 
     @torch.no_grad()
     def step(self, scale: Tensor) -> None:
         """One update at `scale`, a scalar on the device, times the peak rate."""
-        lr = self.cfg.muon_learning_rate * scale
-        decay, minus_lr = 1 - lr * self.cfg.weight_decay, -lr
-        for weights, buffer in zip(self.stacks, self.buffers, strict=True):
+        minus_lr = -self.cfg.muon_learning_rate * scale
+        decay = 1 + minus_lr * self.cfg.weight_decay
+        for weights, buffer in zip(self.stacks.values(), self.buffers, strict=True):
             grad = torch.cat([w.grad.reshape(-1, *buffer.shape[1:]) for w in weights])
             buffer.lerp_(grad, 1 - self.momentum)
             nesterov_grad = grad.lerp_(buffer, self.momentum)  # (N, rows, columns)
             update = newton_schulz(nesterov_grad.to(self.dtype)).float().flatten(0, 1)
-            parts = update.split([len(w) for w in weights])
-            for weight, part in zip(weights, parts, strict=True):
+            rows = [len(weight) for weight in weights]
+            for weight, part in zip(weights, update.split(rows), strict=True):
                 weight.mul_(decay).addcmul_(part, minus_lr)
 
 
@@ -495,39 +467,29 @@ def split_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=2)
 def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> np.ndarray:
     """Where the windows of an epoch begin: non-overlapping, with a random phase, permuted."""
-    n_windows = max(1, (n_ids - block_size - 1) // block_size)
-    rng = np.random.default_rng((seed, epoch))
+    n_windows, rng = (n_ids - block_size - 1) // block_size, np.random.default_rng((seed, epoch))
     phase = rng.integers(n_ids - block_size * n_windows)  # leaves room for the last target
     return phase + block_size * rng.permutation(n_windows)
 
 
 def get_batch(ids: np.ndarray, step: int, cfg: TrainConfig, block_size: int) -> Tensor:
     """Windows (B, T + 1) of `step`: a function of seed and step, so resuming needs no state."""
-    n, starts = len(epoch_offsets(0, len(ids), block_size, cfg.seed)), []
-    for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
-        starts.append(epoch_offsets(i // n, len(ids), block_size, cfg.seed)[i % n])
+    offsets = lambda epoch: epoch_offsets(epoch, len(ids), block_size, cfg.seed)
+    n, numbers = len(offsets(0)), range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+    starts = [offsets(i // n)[i % n] for i in numbers]
     return torch.from_numpy(np.stack([ids[i : i + block_size + 1] for i in starts]).astype("i8"))
 
 
-def default_dropout(epochs: float) -> float:
-    """The more often a text is repeated, the sooner it is memorised, and the more dropout helps."""
-    return 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
-
-
 def logit_scale(epochs: float) -> float:
-    """Factor of the logits in training only, against overconfidence.
+    """Factor of the logits in training only, so that a repeated text is not learnt overconfidently.
 
-    Where a text is repeated, the network learns it with too much confidence: its validation loss
-    would be lowest at a temperature of 1.15. Trained with larger logits, it does with smaller ones.
+    Without it validation loss would be lowest at a temperature of 1.15.
     """
     return 1.0 if epochs < 4 else 1.15
 
 
 def validation_size(cfg: TrainConfig, block_size: int) -> int:
-    """How many characters an evaluation reads during training: below 10% of the run's time.
-
-    A character costs a third as much to evaluate as to train on (measured on a CPU).
-    """
+    """Characters of an evaluation during training: below 10% of the run's time (3x faster each)."""
     return max(20_000, cfg.eval_interval * cfg.batch_size * block_size // 3)
 
 
@@ -535,34 +497,32 @@ def validation_size(cfg: TrainConfig, block_size: int) -> int:
 def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tuple[float, int]:
     """Mean loss in nats per character over the text `ids` (N,), and the number of characters.
 
-    The text is cut into non-overlapping windows of block_size, the last one shorter: every
-    character but the first is predicted once, without randomness. The ranks share the work.
+    Windows of block_size do not overlap, and the last one is shorter: every known character but
+    the first is predicted once. The ranks share the work.  raises: UserError if there is none
     """
     ctx, T, device = ctx or DistributedContext(), model.config.block_size, model.wte.weight.device
+    count = int(np.count_nonzero(ids[1:]))
+    if not count:
+        raise UserError("the text to evaluate on has no character that the model knows")
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
     windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
-    total, count = 0.0, 0
+    total = torch.zeros((), dtype=torch.float64)
     model.eval()
     for i in range(ctx.rank * rows, len(windows[0]), ctx.world_size * rows):
         x, y = (torch.from_numpy(w[i : i + rows].astype("i8")).to(device) for w in windows)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(x)  # (rows, T, V)
-        total += float(cross_entropy(logits, y))
-        count += int((y != 0).sum())
-    total, count = ctx.all_reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
-    if not count:
-        raise UserError("the text to evaluate on has no character that the model knows")
-    return total / count, int(count)
+        total += cross_entropy(logits, y).cpu()
+    return ctx.all_reduce(total).item() / count, count
 
 
 class Diverged(UserError):
     """The loss or a weight is not finite, or the loss ends above that of a uniform guess."""
 
 
-def weights_are_sane(weights: Iterable[Tensor]) -> bool:
-    """Whether all are finite and below 1,000: trained ones are, and larger ones may overflow."""
-    return all(bool((weight.abs() < 1e3).all()) for weight in weights)  # NaN is not below
+def weights_are_sane(network: GPT) -> bool:
+    return bool(nn.utils.get_total_norm(network.parameters()) < 1e6)  # neither huge nor NaN
 
 
 class Trainer:
@@ -580,40 +540,31 @@ class Trainer:
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
         self.muon = Muon(matrices, cfg, dtype)
-        lr, graph = torch.zeros((), device=device), dict(capturable=device.type == "cuda")
-        self.adamw = torch.optim.AdamW(others, lr, (0.9, 0.99), weight_decay=0, fused=True, **graph)
+        rules = dict(weight_decay=0, fused=True, capturable=device.type == "cuda")
+        self.adamw = torch.optim.AdamW(others, torch.zeros((), device=device), (0.9, 0.99), **rules)
         for p in others:  # AdamW creates its state lazily; a checkpoint needs it earlier
-            zeros = dict(step=p.new_zeros(()), exp_avg=p.new_zeros(p.shape))
-            self.adamw.state[p] = zeros | dict(exp_avg_sq=p.new_zeros(p.shape))
-        if self.ctx.rank:
-            torch.manual_seed(cfg.seed + self.ctx.rank)  # an independent dropout mask on each rank
+            shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+            self.adamw.state[p] = {name: p.new_zeros(shape) for name, shape in shapes.items()}
 
     def evaluate(self, ids: np.ndarray) -> None:
-        """Append both losses to the history, and snapshot the weights if they are the best.
-
-        raises: Diverged
-        """
-        n_steps = self.step - (self.history[-1][0] if self.history else 0)
-        training = float(self.ctx.all_reduce(self.loss_sum.clone())) / max(1, n_steps)
+        """Append both losses to the history, and keep the best weights.  raises: Diverged"""
+        cfg, n_steps = self.cfg, self.step - (self.history[-1][0] if self.history else 0)
+        training = float(self.loss_sum) / max(1, n_steps)
         validation, _ = evaluate(self.ema, ids, self.dtype, self.ctx)
-        uniform, is_last = math.log(self.model.config.vocab_size), self.step == self.cfg.max_steps
-        if not math.isfinite(training + validation) or (is_last and validation > 1.1 * uniform):
-            raise self.diverged(validation)
+        uniform, is_last = math.log(self.model.config.vocab_size), self.step == cfg.max_steps
+        is_finite = math.isfinite(training + validation) and weights_are_sane(self.ema)
+        if not is_finite or (is_last and validation > 1.1 * uniform):
+            fix = f"--muon-learning-rate {cfg.muon_learning_rate / 3:.2g}"
+            fix += f" --learning-rate {cfg.learning_rate / 3:.2g} --restart"
+            raise Diverged(f"diverged at step {self.step:,}, loss {validation:,.4g}; try {fix}")
         self.loss_sum.zero_()
         if self.step:  # the first weights of --init have no training loss
             self.history.append([self.step, round(training, 6), round(validation, 6)])
         if len(self.history) > 20_000:
             del self.history[1::2]
         if validation < self.best_loss:
-            if not weights_are_sane(self.ema.parameters()):
-                raise self.diverged(validation)
             self.best_loss = validation
             self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
-
-    def diverged(self, loss: float) -> Diverged:
-        lower = f"--muon-learning-rate {self.cfg.muon_learning_rate / 3:.2g}"
-        lower += f" --learning-rate {self.cfg.learning_rate / 3:.2g} --restart"
-        return Diverged(f"diverged at step {self.step:,}, loss {loss:,.4g}; try {lower}")
 
     def overfits(self) -> bool:
         """Whether validation loss was above its best five times while training loss fell."""
@@ -621,8 +572,8 @@ class Trainer:
         later = self.history[best + 1 :]
         return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the training state and the best weights, not copies, by name."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by name, not copies."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.items()}
@@ -631,16 +582,6 @@ class Trainer:
             tensors |= {f"adamw.{i}.{name}": value for name, value in state.items()}
         return tensors | dict(loss_sum=self.loss_sum)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint.  raises: Diverged"""
-        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
-        tensors["loss_sum"] = self.ctx.all_reduce(self.loss_sum.clone())
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise self.diverged(math.nan)
-        return tensors
-
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: Metadata) -> None:
         """Continue from a `state_dict`.  raises: LookupError, RuntimeError or TypeError"""
@@ -648,15 +589,8 @@ class Trainer:
         if metadata.validation_loss is not None:
             self.best_loss = metadata.validation_loss
             self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.state_dict().items():
             tensor.copy_(tensors[name].view_as(tensor))
-        if self.ctx.rank:  # a checkpoint has the loss and the random state of rank 0 only
-            self.loss_sum.zero_()
-            torch.manual_seed(((self.cfg.seed + self.ctx.rank) * 1_000_003 + self.step) % 2**63)
-            return
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 class CudaGraph:
@@ -666,21 +600,19 @@ class CudaGraph:
     """
 
     def __init__(self, fn: Callable[[], None]):
-        self.fn, self.graph, self.stream, self.n_eager = fn, None, torch.cuda.Stream(), 3
+        self.fn, self.stream, self.calls = fn, torch.cuda.Stream(), 0
 
     def __call__(self) -> None:
-        if self.n_eager == 0:
+        self.calls += 1
+        if self.calls == 4:  # after a warm-up on the stream of the capture
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self.fn()
-                self.graph = graph
+                self.fn = graph.replay
             except RuntimeError as error:
                 log(f"NOTE: no CUDA graph ({first_line(error)}); slower without")
-        self.n_eager -= 1
-        if self.graph:
-            return self.graph.replay()
-        self.stream.wait_stream(torch.cuda.current_stream())  # where a capture must warm up
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.fn()
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -689,28 +621,29 @@ class CudaGraph:
 def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_requested) -> None:
     """The training loop: until cfg.max_steps, or until `stop_requested()` on some rank.
 
-    display: its update() is called after each step, its evaluation() after each evaluation
-    save_checkpoint: called with the tensors of a checkpoint, and whether the loop stops
-    raises: Diverged
+    display: has update(), for each step, and evaluation(); save_checkpoint: gets the tensors of a
+    checkpoint, and whether the loop stops.  raises: Diverged
     """
     cfg, model, ctx, T = t.cfg, t.model, t.ctx, t.model.config.block_size
     train_ids, val_ids = split_ids(ids)
     val_ids = val_ids[: validation_size(cfg, T)]
-    rows = np.array_split(np.arange(cfg.batch_size), ctx.world_size)[ctx.rank]  # of this rank
     factor = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
+    share = lambda windows: windows.tensor_split(ctx.world_size)[ctx.rank]  # of this rank
     # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
-    batch = torch.zeros(len(rows), T + 1, dtype=torch.long, device=t.device)
+    batch = share(torch.zeros(cfg.batch_size, T + 1, dtype=torch.long)).to(t.device)
     n_targets, scale, weight = torch.ones(3, device=t.device)
 
     def train_step() -> None:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
+        loss_sum = torch.zeros_like(t.loss_sum)
         for part in batch.chunk(cfg.grad_accum):
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.dtype == torch.bfloat16):
                 logits = model(part[:, :-1])  # (B / grad_accum, T, V)
             loss = cross_entropy(factor * logits, part[:, 1:]) / n_targets
             loss.backward()
-            t.loss_sum += loss.detach()
+            loss_sum += loss.detach()
         ctx.all_reduce_gradients(model)
+        t.loss_sum += ctx.all_reduce(loss_sum)
         # No gradient clipping: Muon's update has a fixed size, and AdamW normalises its own.
         t.adamw.param_groups[0]["lr"].copy_(cfg.learning_rate * scale)
         t.adamw.step()
@@ -721,33 +654,29 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
 
     use_graph = t.device.type == "cuda" and ctx.world_size == 1
     run_step = CudaGraph(train_step) if use_graph else train_step
-    last_save, save_seconds = time.monotonic(), 0.0
+    next_save = time.monotonic() + cfg.checkpoint_interval
     if t.step == 0 and cfg.init:
         t.evaluate(val_ids)  # so that a run never ends worse than it began
     model.train()
     while t.step < cfg.max_steps:
         windows = get_batch(train_ids, t.step, cfg, T)  # (B, T + 1)
-        batch.copy_(windows[rows])
+        batch.copy_(share(windows))
         n_targets.fill_((windows[:, 1:] != 0).sum().clamp(min=1))
         scale.fill_(lr_scale(t.step, cfg))
         weight.fill_(ema_weight(t.step + 1))
+        torch.manual_seed(hash((cfg.seed, t.step, ctx.rank)))  # of dropout: resuming needs no state
         run_step()
         t.step += 1
-
-        # The first evaluation comes early, to show that the loss falls.
-        if t.step % cfg.eval_interval == 0 or t.step in (50, cfg.max_steps):
+        if t.step % cfg.eval_interval == 0 or t.step in (50, cfg.max_steps):  # 50: an early sign
             t.evaluate(val_ids)
             display.evaluation()
         display.update()
-
-        # Saving takes at most 1% of the time.
-        due = time.monotonic() - last_save > max(cfg.checkpoint_interval, 100 * save_seconds)
-        stop, due = ctx.any_rank(stop_requested(), due)
+        started = time.monotonic()
+        stop, due = ctx.any_rank(stop_requested(), started > next_save)
         if (stop or due) and t.step < cfg.max_steps:
-            started = time.monotonic()
             save_checkpoint(t.state_dict(), stop)
-            last_save = time.monotonic()
-            save_seconds = last_save - started
+            now = time.monotonic()  # saving takes at most 1% of the time
+            next_save = now + max(cfg.checkpoint_interval, 100 * (now - started))
         if stop:
             return
 
@@ -771,11 +700,6 @@ class SampleConfig(Config):
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError("--stop '': must be a text of one character or more")
-
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities (..., V) of logits (..., V)."""
@@ -786,13 +710,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def process_logits(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray) -> np.ndarray:
     """Logits (B, V) after penalty, temperature, top-k, top-p and min-p; -inf where excluded.
 
-    seen (B, V): True for characters that already occurred, which the penalty reduces
+    seen (B, V): True for characters that already occurred, which the penalty makes less likely
     sources: Keskar et al. 2019, "CTRL", section 4.1 (penalty); Fan et al. 2018, "Hierarchical
     Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text
     Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p)
     """
-    if cfg.repetition_penalty != 1:
-        penalty = cfg.repetition_penalty
+    penalty = cfg.repetition_penalty
+    if penalty != 1:
         logits = np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
     if cfg.temperature not in (0, 1):
         logits = logits / max(cfg.temperature, 1e-6)  # less would overflow, and change nothing
@@ -827,25 +751,14 @@ def sample(logits: np.ndarray, cfg: SampleConfig, rngs: list, seen: np.ndarray) 
 def context_start(n: int, block_size: int) -> int:
     """Where the context of a text of `n` characters begins.
 
-    Positions are absolute, so a full context cannot slide by one: its second half becomes the
-    first half of the next context.
+    Positions are absolute: a full context cannot slide by one, but moves by half of its length.
     """
     half = block_size // 2
-    return 0 if n <= block_size else math.ceil((n - block_size) / half) * half
-
-
-@torch.inference_mode()
-def next_logits(model: GPT, ids: np.ndarray, cache: KVCache) -> np.ndarray:
-    """Logits (B, V) after ids (B, T), which follow the cache: prefill, or decode if T is 1."""
-    ids = torch.from_numpy(ids.astype("i8")).to(model.wte.weight.device)
-    return model(ids, cache)[:, -1].float().cpu().numpy()
+    return max(0, math.ceil((n - block_size) / half)) * half
 
 
 class NumpyGPT:
-    """The whole GPT for one token of one text, in NumPy, whose calls cost less than PyTorch's.
-
-    Weights and cache are views of the PyTorch model's.
-    """
+    """The GPT for one token of one text, on views of its weights, with NumPy's cheaper calls."""
 
     def __init__(self, model: GPT, cache: KVCache):
         arrays = lambda module: [p.detach().numpy() for p in module.parameters()]
@@ -878,18 +791,20 @@ class NumpyGPT:
 
 
 def generate_ids(model: GPT, prompt: np.ndarray, cfg: SampleConfig, rngs) -> Iterator[np.ndarray]:
-    """Endless continuation of `prompt` (N,), N > 0: ids (B,), one character of B texts at a time.
-
-    rngs: a random generator for each of the B texts
-    """
-    T, B = model.config.block_size, len(rngs)
-    seen = np.zeros((B, model.config.vocab_size), bool)
+    """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
+    T, B, cache = model.config.block_size, len(rngs), KVCache(model, len(rngs))
+    device, seen = cache.kv.device, np.zeros((B, model.config.vocab_size), bool)
     seen[:, prompt] = True
-    context = [np.full(B, i) for i in prompt[context_start(len(prompt), T) :]]  # S times (B,)
-    cache = KVCache(model, B)
-    logits = next_logits(model, np.stack(context, axis=1), cache)  # prefill
-    numpy_gpt = NumpyGPT(model, cache) if B == 1 and cache.kv.device.type == "cpu" else None
+    context = [np.full(B, i, "i8") for i in prompt[context_start(len(prompt), T) :]]  # S times (B,)
+    numpy_gpt = NumpyGPT(model, cache) if B == 1 and device.type == "cpu" else None
     while True:
+        new = np.stack(context[cache.length :], axis=1)  # (B, S) to prefill, (B, 1) to decode
+        if numpy_gpt and new.size == 1:
+            logits = numpy_gpt.decode(new.item())  # (1, V)
+        else:
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(new).to(device), cache)[:, -1]  # (B, V)
+            logits = logits.float().cpu().numpy()
         ids = sample(logits, cfg, rngs, seen)
         if cfg.repetition_penalty != 1:
             seen[np.arange(B), ids] = True
@@ -897,11 +812,6 @@ def generate_ids(model: GPT, prompt: np.ndarray, cfg: SampleConfig, rngs) -> Ite
         context.append(ids)
         if len(context) > T:  # the context is full: its second half is prefilled anew
             context, cache.length = context[context_start(T + 1, T) :], 0
-            logits = next_logits(model, np.stack(context, axis=1), cache)
-        elif numpy_gpt:
-            logits = numpy_gpt.decode(int(ids[0]))
-        else:
-            logits = next_logits(model, ids[:, None], cache)
 
 
 @dataclass
@@ -919,28 +829,23 @@ class Model:
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
 
-        Text i depends only on (seed, i), not on the batch. Unknown characters of the prompt are
-        normalized, an empty prompt becomes a line end, and the last characters that fit the
-        context are read. A piece is withheld while it may be the beginning of a stop text.
+        Text i depends only on (seed, i), not on the batch. A piece is withheld while it may be the
+        beginning of a stop text.
         """
         ids = self.prompt_ids(self.tokenizer.normalize_prompt(prompt)[0])
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
         rngs = [np.random.default_rng((seed, i)) for i in texts]
         tokens = generate_ids(self.network, ids, cfg, rngs)
-        held, done = [""] * len(rngs), [False] * len(rngs)
+        held, done, stops = [""] * len(rngs), [False] * len(rngs), [s for s in cfg.stop if s]
+        delay = max(map(len, stops), default=1) - 1  # so many characters may begin a stop text
         for _ in range(cfg.max_new):
             pieces = [""] * len(rngs)
             for i, c in enumerate(self.tokenizer.decode(next(tokens))):
-                if done[i]:
-                    continue
-                held[i] += c
-                for stop in sorted(cfg.stop, key=len, reverse=True):  # the one that began first
-                    if held[i].endswith(stop):
-                        held[i], done[i] = held[i][: -len(stop)], True
-                        break
-                begun = (k for s in cfg.stop for k in range(1, len(s)) if held[i].endswith(s[:k]))
-                cut = len(held[i]) - (0 if done[i] else max(begun, default=0))
-                pieces[i], held[i] = held[i][:cut], held[i][cut:]
+                if not done[i]:
+                    held[i] += c
+                    found = [len(stop) for stop in stops if held[i].endswith(stop)]
+                    done[i], cut = bool(found), max(0, len(held[i]) - max(found, default=delay))
+                    pieces[i], held[i] = held[i][:cut], "" if found else held[i][cut:]
             yield pieces
             if all(done):
                 return
@@ -1010,26 +915,24 @@ class Metadata(Config):
         """Validated metadata.  raises: LookupError, TypeError, UserError or ValueError"""
         require(header["format_version"] == "1", "its format_version is not 1")
         m = cls(**{setting.name: json.loads(header[setting.name]) for setting in fields(cls)})
-        names = {setting.name for setting in fields(GPTConfig)}
-        require(m.config.keys() == names, "its config has other entries")
+        require(m.config.keys() == {f.name for f in fields(GPTConfig)}, "its config is another")
         vocab, size = m.characters, GPTConfig(**m.config).vocab_size
         in_order = vocab == build_vocab(vocab) and len(vocab) == size
         require(in_order, "its characters are not U+FFFD and others in order")
-        require(not re.search("[\ud800-\udfff]", vocab), "its characters have surrogates")
+        vocab.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
         if "name" in m.data:  # one string before version 1.0
             m.data["names"] = [m.data.pop("name")]
-        texts = m.data["names"]
-        are_texts = type(texts) is list and texts and all(type(name) is str for name in texts)
-        require(are_texts, "its data set has no names")
+        names = m.data["names"]  # TypeError where one is no string
+        require(type(names) is list and "".join(names), "its data set has no names")
         require(re.fullmatch("[0-9a-f]{64}", m.data["sha256"]), "its sha256 is not 64 hex digits")
         require(is_number(m.data["characters"]), "its data set has no number of characters")
         require(type(m.training.get("init")) in (str, type(None)), "its init is not a name")
         require(is_number(m.training.get("max_steps", 0)), "its max_steps is not a number")
         last = 0
-        for row in m.history:
-            valid = type(row) is list and len(row) == 3 and all(map(is_number, row))
-            require(valid and last < row[0] == int(row[0]), "its history is malformed")
-            last = row[0]
+        for step, *losses in m.history:
+            valid = type(step) is int and len(losses) == 2 and all(map(is_number, losses))
+            require(valid and last < step < LIMIT, "its history is malformed")
+            last = step
         return m
 
     def __str__(self) -> str:
@@ -1050,11 +953,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(22, "is not a regular file")  # /dev/null must stay what it is
-        for name in os.listdir(path.parent):  # left by processes that were killed
-            if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp", name):
-                with suppress(OSError):  # another process may remove it, too
-                    if time.time() - (path.parent / name).stat().st_mtime > 86_400:
-                        (path.parent / name).unlink()
+        for old in path.parent.glob(".*.tmp"):  # of killed processes
+            with suppress(OSError):  # another process may remove it, too
+                rest = old.name.removeprefix(f".{path.name}.")
+                is_old = time.time() - old.stat().st_mtime > 86_400
+                if is_old and re.fullmatch(r"[0-9a-f]{16}\.tmp", rest):
+                    old.unlink()
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -1062,10 +966,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if path.exists():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
-        if os.name == "posix":  # else a power failure could bring back the old file
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         error.filename = str(path)  # a full disk does not name the file
         raise
@@ -1073,32 +973,39 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict, rescue=False) -> None:
+    """Write a file.  raises: OSError; to `rescue`, UserError after saving to a temporary folder"""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, header))
-
-
-def save_or_rescue(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Save; where that fails, as on a full disk, save to a temporary folder and raise UserError."""
     try:
-        save_tensors(path, tensors, header)
+        with atomic_write(path) as file:
+            file.write(safetensors.torch.save(tensors, header))
     except OSError as error:
-        rescue = Path(tempfile.mkdtemp(prefix="anexa-")) / path.name
-        save_tensors(rescue, tensors, header)
-        reason = error.strerror or error
-        raise UserError(f"{path}: {reason}; saved to {rescue} instead: move it here") from None
+        if not rescue:
+            raise
+        other = Path(tempfile.mkdtemp(prefix="anexa-")) / path.name
+        save_tensors(other, tensors, header)
+        reason = f"{error.strerror or error}; saved to {other} instead: move it here"
+        raise UserError(f"{path}: {reason}") from None
 
 
-BAD_FILE = LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError
+@contextmanager
+def reading_model(path: Path, fix: str = "fetch it again") -> Iterator[None]:
+    """Within it what is missing or wrong in a file becomes a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        out = str(path).removesuffix(CHECKPOINT_SUFFIX)
+        fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
+        raise UserError(f"{path}: no such file; {fix}") from None
+    except (LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError) as error:
+        reason = f"its header has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(escape_control(reason).split())[:200]
+        raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}") from None
 
 
 def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[str, Tensor]]:
-    """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours
-
-    The file is read, not mapped: it may be replaced while it is in use.
-    """
-    try:
+    """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
+    with reading_model(path, fix):
         require(path.is_file() or not path.exists(), "it is not a regular file")
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -1106,47 +1013,27 @@ def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[s
             metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             n_bytes = 4 * GPTConfig(**metadata.config).n_parameters()
             require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
-            file.seek(0)
+            file.seek(0)  # read, not mapped: the file may be replaced while it is in use
             return metadata, safetensors.torch.load(file.read())
-    except FileNotFoundError:
-        out = str(path).removesuffix(CHECKPOINT_SUFFIX)
-        fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
-        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
-        fix += f", or use its checkpoint, {unfinished}" if unfinished.is_file() else ""
-        raise UserError(f"{path}: no such file; {fix}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except BAD_FILE as error:
-        missing = f"its header has no {error}" if isinstance(error, KeyError) else str(error)
-        reason = escape_control(missing).replace("\n", " ")[:200]
-        raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}") from None
 
 
 def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
-    """The model in a model file, in one that `export` wrote, or in a checkpoint.
+    """The model in a model file, in an exported one, or in a checkpoint.  raises: UserError
 
     Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
-    raises: UserError
     """
     metadata, tensors = read_file(Path(path))
     prefixes = "", "transformer.", "best.", "ema."
     prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
-    network, weights = GPT(GPTConfig(**metadata.config)), {}
-    try:
-        for name, parameter in network.named_parameters():
-            weight = tensors.get(prefix + name, torch.empty(0))
-            if prefix == "transformer." and name.startswith("h.") and weight.dim() == 2:
-                weight = weight.t().contiguous()  # GPT-2's layout is (in, out)
-            fits = weight.shape == parameter.shape and weight.dtype == torch.float32
-            require(fits, f"{name} is {tuple(weight.shape)} {weight.dtype}")
-            weights[name] = weight
-        if prefix not in ("best.", "ema."):
-            require(len(tensors) == len(weights), "it has other tensors")
-            require(metadata.validation_loss is not None, "it has no validation_loss")
-        require(weights_are_sane(weights.values()), "it has weights that are huge or not finite")
-    except ValueError as error:
-        raise UserError(f"{path}: not a model of Anexa: {error}; fetch it again") from None
-    network.load_state_dict(weights)
+    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if prefix == "transformer.":  # GPT-2's layout of linear weights is (in, out)
+        weights = {n: t.T if n.startswith("h.") and t.dim() == 2 else t for n, t in weights.items()}
+    network = GPT(GPTConfig(**metadata.config))
+    with reading_model(Path(path)):
+        network.load_state_dict(weights)  # RuntimeError unless names and shapes are the same
+        is_finished = metadata.validation_loss is not None or prefix in ("best.", "ema.")
+        require(is_finished, "it has no validation_loss")
+        require(weights_are_sane(network), "its weights are huge or not finite")
     return Model(network.to(device).eval(), Tokenizer(metadata.characters), metadata)
 
 
@@ -1435,7 +1322,7 @@ class ProgressDisplay:
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}".removeprefix("0:")
         last, training, validation = t.history[-1] if t.history else (0, math.nan, math.nan)
         if t.step > last:
-            training = float(t.loss_sum) * t.ctx.world_size / (t.step - last)  # about
+            training = float(t.loss_sum) / (t.step - last)
         losses = f"{t.step:,}/{t.cfg.max_steps:,} train {training:.3f} val {validation:.3f}"
         speed *= t.cfg.batch_size * t.model.config.block_size
         return losses.replace("nan", "  -  "), speed, f"{speed:,.0f} char/s {left} left"
@@ -2228,18 +2115,17 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     if cfg.batch_size < ctx.world_size:
         raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
-    rate = default_dropout(epochs) if config.dropout is None else config.dropout
+    rate = config.dropout
+    if rate is None:  # the more often a text is repeated, the sooner it is memorised
+        rate = 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
     config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
     trainer = Trainer(config, cfg, device, dtype, ctx)
     if init:
         for network in (trainer.model, trainer.ema):
             network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
     if m.step:
-        try:
+        with reading_model(checkpoint, "use --restart"):
             trainer.load_state_dict(tensors, m)
-        except BAD_FILE as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{checkpoint}: cannot be resumed ({reason}); use --restart") from None
     return trainer, corpus
 
 
@@ -2294,9 +2180,9 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
 
     def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
         if is_first:
-            save = save_or_rescue if stop else save_tensors
             try:
-                save(checkpoint, tensors, metadata().to_header(format="checkpoint"))
+                header = metadata().to_header(format="checkpoint")
+                save_tensors(checkpoint, tensors, header, rescue=stop)
             except OSError as error:
                 if stop:
                     raise
@@ -2324,7 +2210,7 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
                 hint = " At the prompt, /help lists commands." * (args.command == "run")
                 log(f"{loss_chart(t.history)}\n{metadata()}.{hint}")
             log("Training finished...")
-            save_or_rescue(out, t.best, metadata().to_header())
+            save_tensors(out, t.best, metadata().to_header(), rescue=True)
             checkpoint.unlink(missing_ok=True)
             log(f"Model saved to {out}")
     if not finished:

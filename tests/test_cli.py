@@ -252,7 +252,6 @@ def test_commands_open_a_checkpoint(cli):
 
 @pytest.mark.parametrize("line, words", [
     ("train --n-embd 130 --n-head 4", ["--n-embd 130", "132"]),
-    ("train --batch-size 12 --grad-accum 5", ["--batch-size 12", "--grad-accum 5"]),
     ("train --max-steps 0", ["--max-steps 0", "from 1 to"]),
     ("train --max-steps 1.5", ["--max-steps", "1.5"]),
     ("train --max-step 5", ["--max-step"]),

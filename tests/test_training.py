@@ -95,7 +95,7 @@ def run_by_hand(w: dict, ids: list[int], H: int, steps: int, exact: bool, **rate
 
 @pytest.mark.parametrize(
     "C, H, steps, accum, warmup, length",
-    [(16, 2, 23, 2, 6, None), (15, 3, 12, 1, 0, None), (16, 2, 30, 1, 3, 400)],
+    [(16, 2, 23, 3, 6, None), (15, 3, 12, 1, 0, None), (16, 2, 30, 1, 3, 400)],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_run_equals_one_by_hand(cli, text, C, H, steps, accum, warmup, length, device):
