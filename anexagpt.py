@@ -560,8 +560,6 @@ class Trainer:
         self.loss_sum.zero_()
         if self.step:  # the first weights of --init have no training loss
             self.history.append([self.step, round(training, 6), round(validation, 6)])
-        if len(self.history) > 20_000:
-            del self.history[1::2]
         if validation < self.best_loss:
             self.best_loss = validation
             self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
