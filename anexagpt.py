@@ -253,7 +253,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k, v = qkv.unbind()
         if cache:
             k, v = cache.update(self.layer, qkv[1:])  # (B, H, S, D)
