@@ -820,9 +820,10 @@ class Model:
     tokenizer: Tokenizer
     metadata: Metadata
 
-    def prompt_ids(self, text: str) -> np.ndarray:
-        """Ids (N,) of `text`, N > 0: an empty text stands for a line end, or else for id 1."""
-        return np.maximum(self.tokenizer.encode(text or "\n"), 1)
+    def prompt_ids(self, prompt: str) -> np.ndarray:
+        """Ids (N,) of `prompt`, N > 0: an empty text stands for a line end, or else for id 1."""
+        known, _ = self.tokenizer.normalize_prompt(prompt)
+        return np.maximum(self.tokenizer.encode(known or "\n"), 1)
 
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
@@ -830,7 +831,7 @@ class Model:
         Text i depends only on (seed, i), not on the batch. A piece is withheld while it may be the
         beginning of a stop text.
         """
-        ids = self.prompt_ids(self.tokenizer.normalize_prompt(prompt)[0])
+        ids = self.prompt_ids(prompt)
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
         rngs = [np.random.default_rng((seed, i)) for i in texts]
         tokens = generate_ids(self.network, ids, cfg, rngs)
@@ -1413,7 +1414,6 @@ def stop_signals() -> Iterator[list[int]]:
 # The prompt loop, its commands, and among them views of what the model computes.
 
 VIEWS = ("tokens", "probs", "why", "attn")
-SHADES = " ░▒▓█"
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
 is_open = re.compile('(?s)"""(?!.*""")').match  # of a prompt: three more quotes must end it
@@ -1568,8 +1568,8 @@ class Chat:
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
         path = Path(os.path.expanduser(file.strip()))
-        if not (path.is_file() and os.access(path, os.R_OK)):  # a pipe would block
-            raise UserError(f"/read {file}: no such file that you may read; check the spelling")
+        if not path.is_file():  # a pipe would block
+            raise UserError(f"/read {file}: no such file; check the spelling")
         self.answer("".join(read_text(path)).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
@@ -1590,51 +1590,51 @@ class Chat:
 
     def do_probs(self, text: str) -> None:
         """[TEXT]: chart the probabilities of the next character, after each active setting."""
-        text = normalized(self.model, text or self.prompt)
-        ids = self.model.prompt_ids(text)
+        tokenizer, ids = self.model.tokenizer, self.model.prompt_ids(text or self.prompt)
         logits = predictions(self.model, ids, len(ids)).numpy()  # (1, V)
         columns, active = {"model": softmax(logits)[0]}, SampleConfig(temperature=1.0)  # all off
         logits[:, 0] = -np.inf  # U+FFFD is never sampled
         seen = np.isin(np.arange(logits.size), ids)[None]
         for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
             value = getattr(self.cfg, name)
-            if value == getattr(active, name):
-                continue
-            active = replace(active, **{name: value or 1e-6})  # 0 is a limit
-            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
-            columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
-        unit = ((self.console.width - 8) // len(columns) - 7) / max(map(np.max, columns.values()))
+            if value != getattr(active, name):
+                active = replace(active, **{name: value or 1e-6})  # 0 is a limit
+                label = dict(repetition_penalty="penalty", temperature="temp").get(name, name)
+                probs = softmax(process_logits(logits, active, seen))[0]  # (V,)
+                columns[f"{label.replace('_', '-')} {value:g}"] = probs
+        unit = ((self.console.width - 8) // len(columns) - 7) / np.max([*columns.values()])
         cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
         table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
         likeliest, others = np.split(columns["model"].argsort(kind="stable")[::-1], [12])
         for i in likeliest:
             cells = (cell(p[i], "█" * round(unit * p[i])) for p in columns.values())
-            table.add_row(f"'{visible(self.model.tokenizer.characters[i])}'", *cells)
+            table.add_row(f"'{visible(tokenizer.characters[i])}'", *cells)
         table.add_row(f"{len(others)} more", *(cell(p[others].sum()) for p in columns.values()))
-        self.console.print(f"After '{visible(text[-20:])}', in percent:", table)
+        context = visible(tokenizer.decode(ids[-20:]))
+        self.console.print(f"After '{context}', in percent:", table)
 
     def do_why(self, text: str) -> None:
         """[TEXT]: show the surprise of each character of a text, or of the last answer."""
         prompt, answer = ("", text) if text else (self.prompt, self.written)
-        prompt, _ = self.model.tokenizer.normalize_prompt(prompt)
         answer, _ = self.model.tokenizer.normalize_prompt(answer)
         if not answer:
             raise UserError("there is no answer yet; type a prompt")
-        before, ids = self.model.prompt_ids(prompt), self.model.tokenizer.encode(answer)
-        logits = predictions(self.model, np.concatenate((before, ids)), len(before))[:-1]  # (N, V)
+        tokenizer, before = self.model.tokenizer, self.model.prompt_ids(prompt)
+        ids, n = np.concatenate((before, tokenizer.encode(answer))).astype("i8"), len(before)
+        logits = predictions(self.model, ids, n)[:-1]  # (N, V), one row per character of the answer
         bits = logits.log_softmax(-1) / -math.log(2)  # surprise is -log2 p
-        surprise = bits[range(len(ids)), ids.astype("i8")]  # (N,)
+        surprise = bits[range(len(answer)), ids[n:]]  # (N,)
         digits = [str(min(9, round(s)) or "") for s in surprise.tolist()]
         styles = [WARM[min(3, int(s / 2))] for s in surprise.tolist()]
+        mean = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
         self.console.print("Digit = surprise in bits: n means a 1-in-2^n chance")
         self.console.print(annotated(answer, styles, digits, self.console.width))
-        mean = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
-        self.console.print(f"characters: {len(ids):,}, {mean}; least expected:")
-        for i in surprise.topk(min(3, len(ids))).indices.tolist():
+        self.console.print(f"characters: {len(answer):,}, {mean}; least expected:")
+        for i in surprise.topk(min(3, len(answer))).indices.tolist():
             least, best = bits[i].min(-1)
-            likeliest = f"('{visible(self.model.tokenizer.characters[best])}' {least:.1f})"
+            likeliest = f"('{visible(tokenizer.characters[best])}' {least:.1f})"
             line = f"'{visible(answer[i])}' {surprise[i]:.1f} bits {likeliest} after "
-            context = (prompt + answer[:i])[-max(8, self.console.width - 34) :]
+            context = tokenizer.decode(ids[: n + i][-max(8, self.console.width - 34) :])
             self.console.print(f"{line}'{visible(context)}'")
 
     def do_attn(self, numbers: str) -> None:
@@ -1644,21 +1644,20 @@ class Chat:
             if word and word not in map(str, range(1, last + 1)):
                 raise UserError(f"--{name} {word}: must be from 1 to {last}")
         layer, head = int(layer or config.n_layer), int(head or 0)
-        ids = self.model.prompt_ids(normalized(self.model, self.prompt))
+        ids = self.model.prompt_ids(self.prompt)
         ids = torch.from_numpy(ids[context_start(len(ids), config.block_size) :].astype("i8"))
         weights = attention_weights(self.model.network, ids, layer - 1)  # (H, T, T)
         weights = weights[head - 1] if head else weights.mean(0)  # (T, T)
-        which = f"head {head} of" if head else "mean of heads:"
-        levels = torch.bucketize(weights, torch.tensor([0.05, 0.15, 0.3, 0.6]), right=True).tolist()
         n = min(len(ids), max(1, self.console.width // 2 - 8), max(8, self.console.height - 4))
         names = [visible(self.model.tokenizer.characters[i]) for i in ids]
+        which = f"head {head} of" if head else "mean of heads:"
         lines = Text(f"Layer {layer} of {config.n_layer}, {which} {config.n_head}\n")
         lines.append("attention from: ░ 5%  ▒ 15%  ▓ 30%  █ 60%\n    ")
         lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
-        for name, row, shades in zip(names[-n:], weights[-n:], levels[-n:], strict=True):
+        for name, row in zip(names[-n:], weights[-n:], strict=True):
             lines.append(f"\n {set_cell_size(name, 2)} ", "bold")
-            for level in shades[-n:]:
-                lines.append(SHADES[level] * 2, COOL[level])
+            for level in np.digitize(row[-n:], [0.05, 0.15, 0.3, 0.6]):
+                lines.append(" ░▒▓█"[level] * 2, COOL[level])
             lines.append(f" '{names[row.argmax()]}' {row.max():.0%}")
         self.console.print(lines)
 
@@ -1717,7 +1716,7 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
             return
         except KeyboardInterrupt:
             log("(quit or Ctrl-D leaves)")
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             log(f"({str(error).removeprefix('--')})")
 
 
@@ -1922,8 +1921,8 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
-    ("explain", "--layer", dict(type=int, metavar="N", help="of attn (default: the last)")),
-    ("explain", "--head", dict(type=int, metavar="N", help="of attn (default: mean of all)")),
+    ("explain", "--layer", dict(default="", metavar="N", help="of attn (default: the last)")),
+    ("explain", "--head", dict(default="", metavar="N", help="of attn (default: mean of all)")),
     ("info", "--json", dict(action="store_true", help="everything, with the loss history")),
     ("export", "--gguf", dict(**FILE, help="file for llama.cpp")),
     ("export", "--f16", dict(action="store_true", help="float16 matrices in the GGUF file")),
@@ -2265,14 +2264,17 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 def cmd_explain(args: argparse.Namespace) -> None:
     chat = Chat(load_from_args(args), from_args(SampleConfig, args), stderr=False)
-    chat.prompt, _ = chat.model.tokenizer.normalize_prompt(args.prompt)
-    if not chat.prompt:
+    chat.prompt = args.prompt
+    if not chat.model.tokenizer.normalize_prompt(args.prompt)[0]:
         raise UserError(f"{args.prompt!r}: no character that the model knows; give another text")
-    layer = chat.model.network.config.n_layer if args.layer is None else args.layer
-    arguments = dict(tokens=args.prompt, why=chat.prompt, attn=f"{layer} {args.head or ''}")
-    for i, view in enumerate(args.view or VIEWS):
-        print(end="\n" * bool(i), flush=True)
-        chat.commands[view](arguments.get(view, ""))
+    layer = args.layer or chat.model.network.config.n_layer
+    arguments = dict(why=args.prompt, attn=f"{layer} {args.head}")
+    with chat.console.capture() as views:  # so that an error comes before all of them
+        for i, view in enumerate(args.view or VIEWS):
+            if i:
+                chat.console.print()
+            chat.commands[view](arguments.get(view, ""))
+    print(end=views.get(), flush=True)
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
