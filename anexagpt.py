@@ -1597,11 +1597,11 @@ class Chat:
         seen = np.isin(np.arange(logits.size), ids)[None]
         for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
             value = getattr(self.cfg, name)
-            if value != getattr(active, name):
-                active = replace(active, **{name: value or 1e-6})  # 0 is a limit
-                label = dict(repetition_penalty="penalty", temperature="temp").get(name, name)
-                probs = softmax(process_logits(logits, active, seen))[0]  # (V,)
-                columns[f"{label.replace('_', '-')} {value:g}"] = probs
+            if value == getattr(active, name):
+                continue
+            active = replace(active, **{name: value or 1e-6})  # 0 is a limit
+            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
+            columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
         unit = ((self.console.width - 8) // len(columns) - 7) / np.max([*columns.values()])
         cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
         table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
@@ -2046,10 +2046,10 @@ def config_diff(args: argparse.Namespace, saved: dict, *may_change: str) -> str:
     return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
 
 
-def find_checkpoint(args, checkpoint: Path) -> tuple[Metadata, dict[str, Tensor]]:
+def find_checkpoint(args) -> tuple[Metadata, dict[str, Tensor]]:
     """The unfinished run to resume, or NEW_RUN.  raises: UserError if it must not begin"""
-    out, m, tensors = args.out, NEW_RUN, {}
-    if os.path.lexists(checkpoint):
+    out, checkpoint, m, tensors = args.out, args.checkpoint, NEW_RUN, {}
+    if os.path.lexists(checkpoint):  # even with --restart, which removes it
         fix = "move it away, or choose another --out"
         m, tensors = read_file(checkpoint, fix)
         if "loss_sum" not in tensors:
@@ -2058,11 +2058,11 @@ def find_checkpoint(args, checkpoint: Path) -> tuple[Metadata, dict[str, Tensor]
         return NEW_RUN, {}
     if out.exists():
         done, _ = read_file(out)
-        run = f"{text_names(done.data['names'])}, {done.step:,} steps"
         diff = config_diff(args, done.config | done.training)
+        run = f"{text_names(done.data['names'])}, {done.step:,} steps{diff and f' ({diff})'}"
         fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
         fix += f". Resume {checkpoint}: move the model away" if m.step else ""
-        raise UserError(f"{out}: is already trained on {run}{diff and f' ({diff})'}. {fix}")
+        raise UserError(f"{out}: is already trained on {run}. {fix}")
     if diff := config_diff(args, m.config | m.training, "max_steps"):
         fix = "to resume, drop these options; to discard it, add --restart"
         raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
@@ -2073,7 +2073,7 @@ def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data["names"]:
         is_remote = re.match(r"(?i)https?://|[\\/]{2}", name)  # \\PC\FILE is a network path
-        if is_remote or not (name in BUILT_IN or os.path.isfile(name) or os.path.isdir(name)):
+        if is_remote or not (name in BUILT_IN or os.path.exists(name)):
             raise UserError(f"its text {text_names([name])} is not here; name it with --data")
     return metadata.data["names"]
 
@@ -2087,12 +2087,12 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
     return model.network.state_dict() | {"wte.weight": embeddings}
 
 
-def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Corpus]:
+def prepare_run(args, device, dtype, ctx) -> tuple[Trainer, Corpus]:
     """Trainer and text of a new run, or of the unfinished one.  raises: UserError
 
     A setting comes from the options, else from the unfinished run, else from the model of --init.
     """
-    m, tensors = find_checkpoint(args, checkpoint)
+    m, tensors = find_checkpoint(args)
     cfg = from_args(TrainConfig, args, m.training)
     if m.step >= cfg.max_steps:
         raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
@@ -2101,6 +2101,9 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
     if init and (diff := config_diff(args, shape, "dropout")):
         raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
     config = from_args(GPTConfig, args, shape)
+    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
+    if cfg.batch_size < ctx.world_size:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
     corpus = load_corpus(args.data or saved_names(m), args.encoding)
     data, n = text_names(corpus.data["names"]), np.count_nonzero(corpus.ids)
     if n < (needed := 10 * (config.block_size + 1)):
@@ -2108,37 +2111,35 @@ def prepare_run(args, checkpoint: Path, device, dtype, ctx) -> tuple[Trainer, Co
         raise UserError(f"--data {data}: {n:,} characters (U+FFFD does not count), but {fix}")
     if m.step and corpus.data["sha256"] != m.data["sha256"]:
         raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
-    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
-    if cfg.batch_size < ctx.world_size:
-        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
-    epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
-    rate = config.dropout
-    if rate is None:  # the more often a text is repeated, the sooner it is memorised
-        rate = 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
-    config = replace(config, vocab_size=len(corpus.tokenizer), dropout=rate)
+    windows = len(split_ids(corpus.ids)[0]) / config.block_size
+    epochs = cfg.max_steps * cfg.batch_size / windows
+    if config.dropout is None:  # the more often a text is repeated, the sooner it is memorised
+        config = replace(config, dropout=0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2)
+    config = replace(config, vocab_size=len(corpus.tokenizer))
     trainer = Trainer(config, cfg, device, dtype, ctx)
     if init:
         for network in (trainer.model, trainer.ema):
             network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
     if m.step:
-        with reading_model(checkpoint, "use --restart"):
+        with reading_model(args.checkpoint, "use --restart"):
             trainer.load_state_dict(tensors, m)
     return trainer, corpus
 
 
 def log_run(t: Trainer, corpus: Corpus) -> None:
     """Log text, network, device and schedule."""
-    c, cfg, (train_ids, val_ids) = t.model.config, t.cfg, split_ids(corpus.ids)
-    n, n_val = len(corpus.ids), min(len(val_ids), validation_size(cfg, c.block_size))
-    epochs = cfg.max_steps * cfg.batch_size * c.block_size / len(train_ids)
+    cfg, n, T = t.cfg, len(corpus.ids), t.model.config.block_size
+    train_ids, val_ids = split_ids(corpus.ids)
+    n_val = min(len(val_ids), validation_size(cfg, T))
+    epochs = cfg.max_steps * cfg.batch_size * T / len(train_ids)
     if n < 100_000:
         log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
     log(
-        f"{text_names(corpus.data['names'])}: {n:,} characters, {c.vocab_size - 1} different; {c}"
-        f"{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
+        f"{text_names(corpus.data['names'])}: {n:,} characters, {len(corpus.tokenizer) - 1} "
+        f"different; {t.model.config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
         f"{str(t.dtype).split('.')[1]}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
-        f"{cfg.batch_size:,} x {c.block_size:,} characters, {epochs:,.1f} epochs, dropout "
-        f"{c.dropout}; validation on {n_val:,} of {len(val_ids):,} characters"
+        f"{cfg.batch_size:,} x {T:,} characters, {epochs:,.1f} epochs, dropout "
+        f"{t.model.config.dropout}; validation on {n_val:,} of {len(val_ids):,} characters"
     )
 
 
@@ -2146,8 +2147,8 @@ def cmd_train(args: argparse.Namespace) -> None:
     out, (device, dtype) = args.out, select_device(args.device, args.dtype)
     if out.suffix != ".safetensors" or out.is_dir():
         raise UserError(f"--out {out}: must be a file ending in .safetensors; choose another name")
-    checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoint.exists():
+    args.checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.checkpoint.exists():
         args.restart = False  # asked for once, not at each restart after a failure
     with init_distributed(device) as ctx, ExitStack() as stack:
         try:
@@ -2157,17 +2158,18 @@ def cmd_train(args: argparse.Namespace) -> None:
             reason = error.strerror or "another process trains it, or no file can be made there"
             fix = "wait, or choose another folder"
             raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
-        t, corpus = ctx.together(lambda: prepare_run(args, checkpoint, device, dtype, ctx))
+        t, corpus = ctx.together(lambda: prepare_run(args, device, dtype, ctx))
         settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data))
         digest = torch.tensor(zlib.crc32(settings.encode()))
         if ctx.all_reduce(digest.clone()) != ctx.world_size * digest:
             raise UserError("torchrun: the ranks differ in options, text or checkpoint")
-        run_training(args, t, corpus, checkpoint)
+        run_training(args, t, corpus)
 
 
-def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
+def run_training(args, t: Trainer, corpus: Corpus) -> None:
     """Train, and save the model; or save a checkpoint, if a signal asks for it."""
-    out, is_first, quiet = args.out, t.ctx.rank == 0, args.quiet or t.ctx.rank > 0
+    out, checkpoint, is_first = args.out, args.checkpoint, t.ctx.rank == 0
+    quiet = args.quiet or not is_first
 
     def metadata() -> Metadata:
         config, vocab = asdict(t.model.config), corpus.tokenizer.characters
@@ -2214,7 +2216,7 @@ def run_training(args, t: Trainer, corpus: Corpus, checkpoint: Path) -> None:
         log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
         log(f"The same command{' without --restart' * args.restart} resumes it.")
     if caught or not finished:
-        raise SystemExit(128 + (caught[0] if caught else signal.SIGINT))
+        raise SystemExit(128 + (caught or [signal.SIGINT])[0])
 
 
 def reuse_freed_memory() -> None:
