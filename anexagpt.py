@@ -1480,8 +1480,8 @@ def normalized(model: Model, prompt: str) -> str:
 class Chat:
     """A session with a model. `do_NAME(argument)` is the command /NAME, its docstring the help."""
 
-    def __init__(self, model: Model, cfg: SampleConfig, stderr: bool = True):
-        self.model, self.cfg, self.console = model, cfg, PlainConsole(stderr=stderr)
+    def __init__(self, model: Model, cfg: SampleConfig):
+        self.model, self.cfg, self.console = model, cfg, PlainConsole()
         self.prompt, self.written, self.seed = "", "", None  # of the last answer
         self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
         self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
@@ -1491,7 +1491,7 @@ class Chat:
         if line.startswith('"""'):
             return self.answer(line.split('"""')[1].removeprefix("\n").removesuffix("\n"))
         if line.strip() in ("quit", "exit"):
-            return self.do_quit("")
+            raise EOFError
         if not line.startswith("/"):
             return self.answer(line)
         name, _, argument = line[1:].partition(" ")
@@ -1950,13 +1950,14 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(config.__doc__.split("\n")[0].rstrip("."))
         for setting in fields(config):
             name, help, kind = setting.name, setting.metadata["help"], field_types(setting)[0]
-            if help and name not in skip:
-                if setting.default not in (None, ()):
-                    help += f" (default: {setting.default})"
-                how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
-                how |= dict(metavar={int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind])
-                flags = [f"--{name.replace('_', '-')}"] + ["-n"] * (name == "max_new")
-                group.add_argument(*flags, default=argparse.SUPPRESS, help=help, **how)
+            if not help or name in skip:
+                continue
+            if setting.default not in (None, ()):
+                help += f" (default: {setting.default})"
+            how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
+            how |= dict(metavar={int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind], help=help)
+            flags = [f"--{name.replace('_', '-')}"] + ["-n"] * (name == "max_new")
+            group.add_argument(*flags, default=argparse.SUPPRESS, **how)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -2111,8 +2112,7 @@ def prepare_run(args, device, dtype, ctx) -> tuple[Trainer, Corpus]:
         raise UserError(f"--data {data}: {n:,} characters (U+FFFD does not count), but {fix}")
     if m.step and corpus.data["sha256"] != m.data["sha256"]:
         raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
-    windows = len(split_ids(corpus.ids)[0]) / config.block_size
-    epochs = cfg.max_steps * cfg.batch_size / windows
+    epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
     if config.dropout is None:  # the more often a text is repeated, the sooner it is memorised
         config = replace(config, dropout=0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2)
     config = replace(config, vocab_size=len(corpus.tokenizer))
@@ -2198,7 +2198,10 @@ def run_training(args, t: Trainer, corpus: Corpus) -> None:
             log(f"{out}: is kept as {out.replace(out.with_stem(f'{out.stem}.old'))}")
     if not quiet:
         log_run(t, corpus)
-    reuse_freed_memory()
+    with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
     sample = lambda: Model(t.ema, corpus.tokenizer, metadata()).generate("\n", max_new=60, seed=0)
     with stop_signals() as caught:
         with closing(ProgressDisplay(t, sample, quiet, board)) as display:
@@ -2217,14 +2220,6 @@ def run_training(args, t: Trainer, corpus: Corpus) -> None:
         log(f"The same command{' without --restart' * args.restart} resumes it.")
     if caught or not finished:
         raise SystemExit(128 + (caught or [signal.SIGINT])[0])
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc reuse freed tensors instead of returning their pages: 5 to 20% of a CPU step."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def cmd_run(args: argparse.Namespace) -> None:
@@ -2265,8 +2260,8 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    chat = Chat(load_from_args(args), from_args(SampleConfig, args), stderr=False)
-    chat.prompt = args.prompt
+    chat = Chat(load_from_args(args), from_args(SampleConfig, args))
+    chat.prompt, chat.console = args.prompt, PlainConsole(stderr=False)
     if not chat.model.tokenizer.normalize_prompt(args.prompt)[0]:
         raise UserError(f"{args.prompt!r}: no character that the model knows; give another text")
     layer = args.layer or chat.model.network.config.n_layer
@@ -2280,22 +2275,22 @@ def cmd_explain(args: argparse.Namespace) -> None:
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    model, dtype = load_from_args(args, one_text=False), select_device(args.device, args.dtype)[1]
+    model, (_, dtype) = load_from_args(args, one_text=False), select_device(args.device, args.dtype)
     corpus = load_corpus(args.data or saved_names(model.metadata), args.encoding)
     name, part, ids = text_names(corpus.data["names"]), "whole text", corpus.ids
     if corpus.data["sha256"] == model.metadata.data["sha256"]:
         part, ids = "validation part", split_ids(ids)[1]
     ids = model.tokenizer.encode(corpus.tokenizer.characters)[ids]  # the model's ids
-    unknown = int((ids == 0).sum())
-    if len(ids) - unknown < 2:
+    n_known = np.count_nonzero(ids)
+    if n_known < 2:
         raise UserError(f"--data {name}: no characters that the model knows; take another text")
     log(f"Evaluating on {len(ids):,} characters ...")
     loss, n = evaluate(model.network, ids, dtype)
     losses = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char"
-    losses += f", perplexity {math.exp(min(loss, 700)):.3f}"
-    print(f"{name}, {part}: {losses}, over {n:,} characters")
-    if unknown:
-        log(f"(left out, since the model does not know them: {unknown:,})")
+    perplexity = math.exp(min(loss, 700))
+    print(f"{name}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
+    if n_known < len(ids):
+        log(f"(left out, since the model does not know them: {len(ids) - n_known:,})")
 
 
 def cmd_info(args: argparse.Namespace) -> None:
@@ -2358,12 +2353,11 @@ def cmd_push(args: argparse.Namespace) -> None:
 def prepare_streams() -> None:
     """Replace closed standard streams, and never fail on a character that a stream lacks."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if fd else "r"))
-    sys.stdin.reconfigure(errors="replace")
-    for stream in (sys.stdout, sys.stderr):
-        encoding = stream.encoding if stream.isatty() else "utf-8"
-        stream.reconfigure(encoding=encoding, errors="backslashreplace")
+        mode, errors = ("w", "backslashreplace") if fd else ("r", "replace")
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), mode)
+        encoding = stream.encoding if stream.isatty() or not fd else "utf-8"
+        stream.reconfigure(encoding=encoding, errors=errors)
+        setattr(sys, name, stream)
 
 
 def main(argv: list[str]) -> int:

@@ -282,6 +282,8 @@ def test_commands_open_a_checkpoint(cli):
     ("explain a --view attn --layer 3", ["layer 3", "1 to 1"]),
     ("explain a --view attn --layer 0", ["layer 0", "1 to 1"]),
     ("explain a --view attn --head -1", ["head -1", "1 to 2"]),
+    ("explain a --layer 9", ["layer 9", "1 to 1"]),
+    ("explain a --head 0", ["head 0", "1 to 2"]),
     ("explain a --view sums", ["sums"]),
     ("info --model prose.txt", ["prose.txt", "not a complete model"]),
     ("export", ["--gguf"]),
