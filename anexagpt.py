@@ -517,10 +517,6 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
     return ctx.all_reduce(total).item() / count, count
 
 
-class Diverged(UserError):
-    """The loss or a weight is not finite, or the loss ends above that of a uniform guess."""
-
-
 def weights_are_sane(network: GPT) -> bool:
     return bool(nn.utils.get_total_norm(network.parameters()) < 1e6)  # neither huge nor NaN
 
@@ -547,7 +543,11 @@ class Trainer:
             self.adamw.state[p] = {name: p.new_zeros(shape) for name, shape in shapes.items()}
 
     def evaluate(self, ids: np.ndarray) -> None:
-        """Append both losses to the history, and keep the best weights.  raises: Diverged"""
+        """Append both losses to the history, and keep the best weights.
+
+        raises: UserError if the run has diverged: a loss or a weight is not finite, or the loss
+        ends above that of a uniform guess
+        """
         cfg, n_steps = self.cfg, self.step - (self.history[-1][0] if self.history else 0)
         training = float(self.loss_sum) / max(1, n_steps)
         validation, _ = evaluate(self.ema, ids, self.dtype, self.ctx)
@@ -556,7 +556,7 @@ class Trainer:
         if not is_finite or (is_last and validation > 1.1 * uniform):
             fix = f"--muon-learning-rate {cfg.muon_learning_rate / 3:.2g}"
             fix += f" --learning-rate {cfg.learning_rate / 3:.2g} --restart"
-            raise Diverged(f"diverged at step {self.step:,}, loss {validation:,.4g}; try {fix}")
+            raise UserError(f"diverged at step {self.step:,}, loss {validation:,.4g}; try {fix}")
         self.loss_sum.zero_()
         if self.step:  # the first weights of --init have no training loss
             self.history.append([self.step, round(training, 6), round(validation, 6)])
@@ -620,7 +620,7 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     """The training loop: until cfg.max_steps, or until `stop_requested()` on some rank.
 
     display: has update(), for each step, and evaluation(); save_checkpoint: gets the tensors of a
-    checkpoint, and whether the loop stops.  raises: Diverged
+    checkpoint, and whether the loop stops.  raises: UserError if it diverges
     """
     cfg, model, ctx, T = t.cfg, t.model, t.ctx, t.model.config.block_size
     train_ids, val_ids = split_ids(ids)
