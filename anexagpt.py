@@ -56,6 +56,7 @@ import argparse
 import builtins
 import copy
 import ctypes
+import glob
 import hashlib
 import importlib
 import io
@@ -74,6 +75,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -903,10 +905,10 @@ class Metadata(Config):
     validation_loss: float | None = option(None, None, -LIMIT, LIMIT)  # lowest, nats per character
     history: list = option(None, None)  # [step, training loss, validation loss]
 
-    def to_header(self, **entries: str) -> dict[str, str]:
+    def to_header(self, format: str = "pt") -> dict[str, str]:
         """Header entries of a safetensors file; `format: pt` is what transformers expects."""
-        header = dict(format="pt", format_version="1", anexa_version=__version__)
-        header |= {name: json.dumps(value) for name, value in asdict(self).items()}
+        header = dict(format=format, format_version="1", anexa_version=__version__)
+        entries = {name: json.dumps(value) for name, value in asdict(self).items()}
         return header | dict(torch_version=torch.__version__) | entries
 
     @classmethod
@@ -919,19 +921,18 @@ class Metadata(Config):
         in_order = vocab == build_vocab(vocab) and len(vocab) == size
         require(in_order, "its characters are not U+FFFD and others in order")
         vocab.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
-        if "name" in m.data:  # one string before version 1.0
-            m.data["names"] = [m.data.pop("name")]
-        names = m.data["names"]  # TypeError where one is no string
-        require(type(names) is list and "".join(names), "its data set has no names")
-        require(re.fullmatch("[0-9a-f]{64}", m.data["sha256"]), "its sha256 is not 64 hex digits")
-        require(is_number(m.data["characters"]), "its data set has no number of characters")
-        require(type(m.training.get("init")) in (str, type(None)), "its init is not a name")
-        require(is_number(m.training.get("max_steps", 0)), "its max_steps is not a number")
-        last = 0
-        for step, *losses in m.history:
-            valid = type(step) is int and len(losses) == 2 and all(map(is_number, losses))
-            require(valid and last < step < LIMIT, "its history is malformed")
-            last = step
+        data, init, max_steps = m.data, m.training.get("init"), m.training.get("max_steps", 0)
+        if "name" in data:  # one string before version 1.0
+            data["names"] = [data.pop("name")]
+        named = type(data["names"]) is list and "".join(data["names"])  # TypeError: no strings
+        hashed = re.fullmatch("[0-9a-f]{64}", data["sha256"])
+        require(named and hashed and is_number(data["characters"]), "its data is malformed")
+        valid = type(init) in (str, type(None)) and is_number(max_steps)
+        require(valid, "its training is malformed")
+        steps = [0] + [step for step, _, _ in m.history]
+        valid = {*map(type, steps)} == {int} and steps == sorted(set(steps))
+        valid = valid and all(is_number(value) for row in m.history for value in row)
+        require(valid, "its history is malformed")
         return m
 
     def __str__(self) -> str:
@@ -950,13 +951,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     path = path.resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(22, "is not a regular file")  # /dev/null must stay what it is
-        for old in path.parent.glob(".*.tmp"):  # of killed processes
+        pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
+        for old in path.parent.glob(pattern):  # of killed processes
             with suppress(OSError):  # another process may remove it, too
-                rest = old.name.removeprefix(f".{path.name}.")
-                is_old = time.time() - old.stat().st_mtime > 86_400
-                if is_old and re.fullmatch(r"[0-9a-f]{16}\.tmp", rest):
+                if time.time() - old.stat().st_mtime > 86_400:
                     old.unlink()
         with open(temporary, "xb") as file:
             yield file
@@ -974,7 +975,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict, rescue=False) -> None:
     """Write a file.  raises: OSError; to `rescue`, UserError after saving to a temporary folder"""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         with atomic_write(path) as file:
             file.write(safetensors.torch.save(tensors, header))
@@ -1063,25 +1063,20 @@ LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of th
 TIMEOUT = 10, 15  # seconds to connect, and until the next byte
 
 
-def has_ending(path: Path, name: str) -> bool:
-    """Whether a file is all of a built-in text, however its lines are broken."""
-    words = path.read_text("utf-8", "replace").split() if name in ENDINGS else []
-    return ENDINGS.get(name, "") in " ".join(words)
-
-
 def download(name: str) -> Path:
     """The stored copy of a built-in text or URL, downloaded if there is none.  raises: UserError"""
-    file_name, reasons = f"{name}.txt", []
-    if name not in SOURCES:
-        digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
-        file_name = f"{digest}-" + re.sub(r"[^\w.-]", "_", Path(name.split("?")[0]).name)[-40:]
-    path = CACHE / file_name
-    if path.is_file() and has_ending(path, name):
+
+    def is_complete(file: Path) -> bool:  # however its lines are broken
+        words = file.read_text("utf-8", "replace").split() if name in ENDINGS else []
+        return ENDINGS.get(name, "") in " ".join(words)
+
+    digest, reasons = hashlib.sha256(name.encode(errors="replace")).hexdigest(), []
+    path = CACHE / f"{name if name in SOURCES else digest[:16]}.txt"
+    if path.is_file() and is_complete(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     for url in SOURCES.get(name, [name]):
         host = url.split("/")[2].rpartition("@")[2]
-        log(f"Downloading {file_name} from {host} ...")
+        log(f"Downloading {path} from {host} ...")
         try:
             headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
             response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
@@ -1092,10 +1087,11 @@ def download(name: str) -> Path:
             with atomic_write(path) as file:
                 pieces = response.iter_content(1 << 16)
                 for piece in rich.progress.track(pieces, "", n_pieces, **bar):
-                    if file.write(piece) and file.tell() > MAX_DOWNLOAD:
+                    file.write(piece)
+                    if file.tell() > MAX_DOWNLOAD:
                         raise ValueError(f"more than {MAX_DOWNLOAD:,} bytes")
                 file.flush()
-                if not has_ending(Path(file.name), name):
+                if not is_complete(Path(file.name)):
                     raise ValueError("another text, or not all of it")
             return path
         except requests.RequestException as error:  # its text has the URL, which may be secret
@@ -1117,8 +1113,10 @@ def find_texts(name: str) -> list[Path | bytes]:
     if name in SOURCES or re.match("(?i)https?://[^/]", name):
         return [download(name)]
     path = Path(name or "?")  # Path("") is the current folder
-    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.glob("[!.]*")))
-    texts = [f for f in files if f == path or f.suffix.lower() in (".txt", ".md")]
+    if path.is_file():
+        return [path]
+    files = [file for file in path.glob("[!.]*") if file.is_file()]
+    texts = sorted(file for file in files if file.suffix.lower() in (".txt", ".md"))
     if not texts:
         known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
         raise UserError(f"--data {text_names([name])}: {known}; check the spelling")
@@ -1136,33 +1134,32 @@ def strip_license(text: str) -> str:
     return re.sub("\nEnd of (the )?Project Gutenberg.*$", "", body).rstrip() + "\n"
 
 
-def read_text(source: Path | bytes, encoding: str = "utf-8") -> Iterator[str]:
-    r"""Pieces of a text: \n line ends, no byte order mark, no license.  raises: UserError"""
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as raw:
-            file, first = io.TextIOWrapper(raw, encoding), True
-            while piece := file.read(PIECE):
-                piece.encode()  # some encodings have surrogates, which are not characters
-                if "\0" in piece:
-                    raise UnicodeError
-                yield strip_license(piece.removeprefix("\ufeff")) if first else piece
-                first = False
-    except LookupError:
-        fix = "unknown to Python; try utf-8, latin-1 or cp1252"
-        raise UserError(f"--encoding {encoding}: {fix}") from None
-    except UnicodeError:
-        name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
-        fix = "save it as plain text, not PDF or Word, or give its --encoding, e.g. cp1252, utf-16"
-        raise UserError(f"{name}: not plain {encoding.upper()} text; {fix}") from None
-
-
 def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
-    """Pieces of texts in their encodings, one after another, each beginning on a new line."""
+    r"""Pieces of texts (source and encoding), each text on a new line.  raises: UserError
+
+    They have \n line ends, and neither a byte order mark nor a license.
+    """
     last = "\n"
     for source, encoding in sources:
-        for i, piece in enumerate(read_text(source, encoding)):
-            yield "\n" * (i == 0 and not last.endswith("\n")) + piece
-            last = piece
+        try:
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as raw:
+                file = io.TextIOWrapper(raw, encoding)
+                for i, piece in enumerate(iter(partial(file.read, PIECE), "")):
+                    piece.encode()  # some encodings have surrogates, which are not characters
+                    if "\0" in piece:
+                        raise UnicodeError
+                    if i == 0:
+                        piece = strip_license(piece.removeprefix("\ufeff"))
+                        piece = piece if last.endswith("\n") else "\n" + piece
+                    yield piece
+                    last = piece
+        except LookupError:
+            fix = "unknown to Python; try utf-8, latin-1 or cp1252"
+            raise UserError(f"--encoding {encoding}: {fix}") from None
+        except UnicodeError:
+            name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
+            fix = "save it as plain text, not PDF or Word, or add --encoding, e.g. cp1252, utf-16"
+            raise UserError(f"{name}: not plain {encoding.upper()} text; {fix}") from None
 
 
 class Corpus(NamedTuple):
@@ -1178,18 +1175,18 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
 
     They are read twice: for their vocabulary, then for their ids.  raises: UserError
     """
-    sources, seen, sha256, n = [], np.zeros(0x110000, bool), hashlib.sha256(), 0
+    wanted, seen = names or ["sherlock"], np.zeros(0x110000, bool)
+    own = lambda name: "utf-8" if name in BUILT_IN else encoding
     try:
-        for name in names or ["sherlock"]:
-            own = "utf-8" if name in BUILT_IN else encoding
-            sources += [(source, own) for source in find_texts(name)]
+        sources = [(source, own(name)) for name in wanted for source in find_texts(name)]
     except UserError as error:
         if names:
             raise
         log(f"NOTE: {error}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
-    names = ["standard input" if name == "-" else name for name in names or ["sherlock"]]
+    names = ["standard input" if name == "-" else name for name in wanted]
+    sha256, n = hashlib.sha256(), 0
     for piece in read_texts(sources):
         seen[code_points(piece)] = True
         sha256.update(piece.encode())
@@ -1199,10 +1196,7 @@ def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
     tokenizer = Tokenizer(build_vocab(map(chr, seen.nonzero()[0])))
     is_long, dtype = n >= LONG_TEXT, tokenizer.table.dtype
     with tempfile.TemporaryFile(dir=".") if is_long else io.BytesIO() as file:
-        for piece in read_texts(sources):
-            file.write(tokenizer.encode(piece))
-        if file.tell() != n * dtype.itemsize:
-            raise UserError(f"--data {text_names(names)}: changed while it was read; try again")
+        file.writelines(map(tokenizer.encode, read_texts(sources)))
         ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
     return Corpus(dict(names=names, sha256=sha256.hexdigest(), characters=n), tokenizer, ids)
 
@@ -1260,7 +1254,8 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     backend = "gloo"
     if device.type == "cuda":
         backend, n_gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
-        if (n := int(os.environ["LOCAL_WORLD_SIZE"])) > n_gpus:
+        n = int(os.environ["LOCAL_WORLD_SIZE"])
+        if n > n_gpus:
             raise UserError(f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
@@ -1317,8 +1312,7 @@ class ProgressDisplay:
         """Step and losses, characters per second, speed and time left: within 60 columns."""
         t, (started, first) = self.t, self.started
         speed = (t.step - first) / max(time.monotonic() - started, 1e-9)  # steps per second
-        seconds = int((t.cfg.max_steps - t.step) / speed)
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}".removeprefix("0:")
+        left = str(timedelta(seconds=int((t.cfg.max_steps - t.step) / speed))).removeprefix("0:")
         last, training, validation = t.history[-1] if t.history else (0, math.nan, math.nan)
         if t.step > last:
             training = float(t.loss_sum) / (t.step - last)
@@ -1328,10 +1322,9 @@ class ProgressDisplay:
 
     def show(self, line: str = "", end: str = "\r") -> None:
         """Print a line over the live line, which ends in a carriage return."""
-        if self.is_live:
-            with suppress(OSError):
-                line = set_cell_size(line, PlainConsole().width - 1)
-                print(line, end=end, file=sys.stderr, flush=True)
+        line = set_cell_size(line, PlainConsole().width - 1)
+        with suppress(OSError):
+            print(line, end=end, file=sys.stderr, flush=True)
 
     def update(self) -> None:
         """Refresh the live line, five times per second at most."""
@@ -1342,11 +1335,12 @@ class ProgressDisplay:
     def evaluation(self) -> None:
         """Report an evaluation with a sample of what the model writes."""
         losses, speed, left = self.metrics()
-        sample = escape_control(self.sample().replace("\n", " ")) if not self.quiet else ""
-        if self.is_live:
-            self.show(f"{losses} | {sample}", "\n")
-        elif not self.quiet:
-            log(f"{losses} {left} | {sample}")
+        if not self.quiet:
+            sample = escape_control(self.sample().replace("\n", " "))
+            if self.is_live:
+                self.show(f"{losses} | {sample}", "\n")
+            else:
+                log(f"{losses} {left} | {sample}")
         if self.board:
             step, training, validation = self.t.history[-1]
             self.board.add_scalar("training_loss", training, step)
@@ -1359,7 +1353,8 @@ class ProgressDisplay:
             log("weights are saved; try more --dropout, fewer --max-steps or more text.")
 
     def close(self) -> None:
-        self.show()
+        if self.is_live:
+            self.show()
         if self.board:
             self.board.close()
 
@@ -1392,18 +1387,16 @@ def stop_signals() -> Iterator[list[int]]:
     def handle(number, frame) -> None:
         caught.append(number)
         times.append(time.monotonic())
-        if len(caught) == 1:
-            message = b"\nStopping after this step ... (Ctrl-C again: quit without saving)\n"
-            with suppress(OSError):  # not log, in the midst of which the signal may have come
-                os.write(2, message if os.environ.get("RANK", "0") == "0" else b"")
-        elif number == signal.SIGINT and times[-1] - times[0] > 1:
+        if number == signal.SIGINT and times[-1] - times[0] > 1:
             raise KeyboardInterrupt
+        if len(caught) == 1 and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # not log, in the midst of which the signal may have come
+                os.write(2, b"\nStopping after this step ... (Ctrl-C again: quit without saving)\n")
 
-    numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    ignored = {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as under nohup
+    before = {n: signal.signal(n, handle) for n in numbers - ignored}
     try:
-        for number in before:  # not one that is ignored, as under nohup
-            signal.signal(number, handle)
         yield caught
     finally:
         for number, handler in before.items():
@@ -1570,7 +1563,7 @@ class Chat:
         path = Path(os.path.expanduser(file.strip()))
         if not path.is_file():  # a pipe would block
             raise UserError(f"/read {file}: no such file; check the spelling")
-        self.answer("".join(read_text(path)).removesuffix("\n"))
+        self.answer("".join(read_texts([(path, "utf-8")])).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
         """FILE: switch to another model; /regen gives it the last prompt."""
@@ -1736,10 +1729,10 @@ def optional(module: str):
 
 
 def without_paths(metadata: Metadata) -> Metadata:
-    """Metadata to publish: names of texts without folders, hosts, passwords and queries."""
+    """Metadata to publish: names of texts without folders, passwords and queries."""
 
     def public(name: str) -> str:
-        name = re.sub(r"^\w+://[^/]*|[?#].*", "", name) if "://" in name else name
+        name = re.sub(r"^\w+://([^/]*@)?|[?#].*", "", name) if "://" in name else name
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
     training, names = dict(metadata.training), map(public, metadata.data["names"])
@@ -1747,17 +1740,33 @@ def without_paths(metadata: Metadata) -> Metadata:
     return replace(metadata, data=metadata.data | dict(names=[*names]), training=training)
 
 
-CARD = """\
+def model_card(model: Model, title: str, license: str) -> str:
+    """README.md for the Hub: front matter, then what a user of the model has to know."""
+    hub, m, config = optional("huggingface_hub"), model.metadata, model.network.config
+    text, data, loss = text_names(m.data["names"]), m.data, m.validation_loss
+    bits, rights = loss / math.log(2), RIGHTS.get(text, "its own")
+    sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
+    prompt = (re.findall(r"\w+", sample) or [""])[0]
+    listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
+    indented = lambda text: textwrap.indent(text, "    ", lambda line: True)
+    result = lambda *metric: hub.EvalResult("text-generation", "text", text, *metric)
+    front = hub.ModelCardData(
+        model_name=title, license=license, language="en" if text in RIGHTS else None,
+        library_name="transformers", pipeline_tag="text-generation", widget=[dict(text=prompt)],
+        tags=["anexa", "gpt2", "character-level"],
+        eval_results=[result("loss", round(loss, 4)), result("bits_per_character", round(bits, 4))],
+    )  # fmt: skip
+    return f"""\
 ---
-{front}
+{front.to_yaml()}
 ---
 # {title}
 
 A character-level GPT-2 with {config}, trained from scratch with Anexa on {text}
-({data[characters]:,} characters, SHA-256 `{data[sha256]}`). It continues a prompt in the manner of
-that text:
+({data["characters"]:,} characters, SHA-256 `{data["sha256"]}`). It continues a prompt in the manner
+of that text:
 
-{sample}
+{indented(sample)}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
@@ -1774,36 +1783,12 @@ print(write("{prompt}", max_length={config.block_size})[0]["generated_text"])
 With Anexa, at any length: `python anexagpt.py chat model.safetensors`
 
 Validation loss: {loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text, which was not
-trained on (these are the weights with the lowest). Training: {training}. Network: {network}.
+trained on (these are the weights with the lowest). Training: {listed(m.training)}.
 
-{chart}
+{indented(loss_chart(m.history))}
 
 License of the weights: {license}. License of the text: {rights}.
 """
-
-
-def model_card(model: Model, title: str, license: str) -> str:
-    """README.md for the Hub: front matter, then what a user of the model has to know."""
-    hub, m, config = optional("huggingface_hub"), model.metadata, model.network.config
-    text, loss = text_names(m.data["names"]), m.validation_loss
-    bits = loss / math.log(2)
-    sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
-    prompt = (re.findall(r"\w+", sample) or [""])[0]
-    listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
-    indented = lambda text: textwrap.indent(text, "    ", lambda line: True)
-    result = lambda *metric: hub.EvalResult("text-generation", "text", text, *metric)
-    front = hub.ModelCardData(
-        model_name=title, license=license, language="en" if text in RIGHTS else None,
-        library_name="transformers", pipeline_tag="text-generation", widget=[dict(text=prompt)],
-        tags=["anexa", "gpt2", "character-level"],
-        eval_results=[result("loss", round(loss, 4)), result("bits_per_character", round(bits, 4))],
-    )  # fmt: skip
-    return CARD.format(
-        front=front.to_yaml(), title=title, config=config, text=text, data=m.data, prompt=prompt,
-        sample=indented(sample), loss=loss, bits=bits, training=listed(m.training),
-        network=listed(m.config), chart=indented(loss_chart(m.history)), license=license,
-        rights=RIGHTS.get(text, "its own"),
-    )  # fmt: skip
 
 
 def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
@@ -1819,16 +1804,16 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     }
     # Only length ends a text. An empty prompt stands for a line end, as here.
     ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
-    sampling = dict(do_sample=True, temperature=SampleConfig().temperature, top_k=0)
-    sampling["max_length"] = config.block_size
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokens = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN)
     rates = dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout or 0.0)
     documents = {
-        "generation_config.json": dict(**ids, **sampling, suppress_tokens=[0]),
+        "generation_config.json": dict(
+            do_sample=True, temperature=SampleConfig().temperature, top_k=0,
+            max_length=config.block_size, suppress_tokens=[0], **ids,
+        ),
         "tokenizer.json": dict(
             version="1.0", added_tokens=[dict(id=0, content=UNKNOWN, special=True, **flags)],
-            truncation=None, padding=None, normalizer=None, pre_tokenizer=None, post_processor=None,
             model=dict(type="BPE", vocab=vocab, merges=[], unk_token=UNKNOWN),  # characters
             decoder=dict(type="Fuse"),
         ),
@@ -1845,20 +1830,13 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
             attn_pdrop=0.0, **rates, **ids | dict(bos_token_id=None),
         ),
     }  # fmt: skip
-    tensors = safetensors.torch.save(weights, model.metadata.to_header())
-    files = {MODEL: tensors, "README.md": model_card(model, title, license).encode()}
+    files = {
+        MODEL: safetensors.torch.save(weights, model.metadata.to_header()),
+        "README.md": model_card(model, title, license).encode(),
+    }
     for name, document in documents.items():
         files[name] = json.dumps(document, indent=2, ensure_ascii=False).encode()
     return files
-
-
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write `files` into `folder`; the last is config.json, which loaders look for first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    for name, content in files.items():
-        with atomic_write(folder / name) as file:
-            file.write(content)
 
 
 def write_gguf(path: Path, model: Model, half: bool) -> None:
@@ -1883,7 +1861,6 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
         bos_token_id=0, eos_token_id=0, unk_token_id=0, add_bos_token=False,
     )  # fmt: skip
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         writer = gguf.GGUFWriter(file.name, "gpt2")
         for name, value in entries.items():
@@ -2180,7 +2157,7 @@ def run_training(args, t: Trainer, corpus: Corpus) -> None:
     def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
         if is_first:
             try:
-                header = metadata().to_header(format="checkpoint")
+                header = metadata().to_header("checkpoint")
                 save_tensors(checkpoint, tensors, header, rescue=stop)
             except OSError as error:
                 if stop:
@@ -2323,7 +2300,9 @@ def cmd_export(args: argparse.Namespace) -> None:
     model = load(args.model)
     if folder:
         files = hub_files(model, folder.resolve().name, args.license)
-        write_folder(folder, files)
+        for name, content in files.items():
+            with atomic_write(folder / name) as file:
+                file.write(content)
         log(f"Written to {folder}: {', '.join(files)}")
     if path:
         write_gguf(path, model, args.f16)

@@ -6,8 +6,8 @@ Readers: `generate` and `info` with a model, an exported model or a checkpoint; 
 resumes a checkpoint; docs/old_architecture.py. A case is a good file that was cut, or had bits and
 bytes changed, parts doubled or dropped, entries of its header replaced by absurd ones, tensors of
 other shapes and number formats, weights that are not finite. It fails if there is a traceback, an
-error of more than one line or with control characters, if memory ends, or after a second of work.
-Needs Linux.
+error of more than one line or with control characters, if memory ends, or after two seconds of
+work. Needs Linux.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def case(reader: str, path: Path) -> str:
             status, out, err = run(main, *arguments, stdin="quit\n")
         except Exception as error:
             raise Fault(f"{arguments[0]}: {type(error).__name__}: {error}") from error
-        if (seconds := time.process_time() - begun) > 1:
+        if (seconds := time.process_time() - begun) > 2:
             raise Fault(f"{arguments[0]}: {seconds:.1f} s of work")
         shown = err + (out if arguments[0] == "info" else "")
         if not shown.replace("\n", "").isprintable() or "out of memory" in err:

@@ -68,7 +68,8 @@ def nanogpt(checkout: Path, text: Path, device: str, steps: int, compiled: bool)
     """nanoGPT's own train.py on the shape of our default run: seconds, and its last losses."""
     folder = checkout / "data" / "anexa_benchmark"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "input.txt").write_text("".join(anexagpt.read_text(text)), encoding="utf-8")
+    content = "".join(anexagpt.read_texts([(text, "utf-8")]))
+    (folder / "input.txt").write_text(content, encoding="utf-8")
     prepare = (checkout / "data" / "shakespeare_char" / "prepare.py").read_text(encoding="utf-8")
     (folder / "prepare.py").write_text(prepare, encoding="utf-8")
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True)
