@@ -1597,8 +1597,10 @@ class Chat:
             columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
         unit = ((self.console.width - 8) // len(columns) - 7) / np.max([*columns.values()])
         cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
-        table = Table(Column("next", no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
-        likeliest, others = np.split(columns["model"].argsort(kind="stable")[::-1], [12])
+        headers = [Column(name, style=COOL[1]) for name in columns]
+        table = Table(Column("next", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
+        n = max(4, min(12, self.console.height - 6))
+        likeliest, others = np.split(columns["model"].argsort(kind="stable")[::-1], [n])
         for i in likeliest:
             cells = (cell(p[i], "█" * round(unit * p[i])) for p in columns.values())
             table.add_row(f"'{visible(tokenizer.characters[i])}'", *cells)
