@@ -225,6 +225,21 @@ def test_default_dropout(cli, text, steps, rate):
     assert steps > 1 or [row[0] for row in saved["history"]] == [1]
 
 
+def test_every_step_has_its_own_dropout(cli, text):
+    """Catches one mask for all steps, which would train a part of the network only."""
+    masks = []
+
+    def note(module, args, output):
+        mask = output.flatten()[:100] == 0
+        if isinstance(module, torch.nn.Dropout) and module.training and not mask.all():
+            masks.append(mask)  # blocks begin with an output of zeros
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    assert cli("train", "t.txt", *TINY, "--dropout", 0.5, "--max-steps", 6).status == 0
+    hook.remove()
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) >= 6
+
+
 def test_only_the_seed_decides(cli, text):
     """Catches randomness beside the seed, and evaluations or checkpoints that change a run."""
     options = [*TINY, "--dropout", 0.2, "--max-steps", 40]
