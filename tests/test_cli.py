@@ -151,10 +151,10 @@ def test_every_training_option(cli):
     parameters = 2 * (12 * 12 * 12 + 13 * 12) + (len(info["characters"]) + 8 + 2) * 12
     for words in ("n_head 3", "dropout 0.25", "prose.txt", f"{parameters:,} parameters", "o train"):
         assert words in out
-    small = ["--size", "small", "--max-steps", 1, "--batch-size", 1, "--block-size", 8]
-    assert cli("train", "prose.txt", *small, "--out", "small.safetensors").status == 0
-    config = anexagpt.load("small.safetensors").network.config
-    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (4, 4, 128, 8)
+    size = ["--size", "medium", "--n-layer", 1, "--block-size", 8, "--max-steps", 1]
+    assert cli("train", "prose.txt", *size, "--out", "medium.safetensors").status == 0
+    config = anexagpt.load("medium.safetensors").network.config
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (1, 6, 384, 8)
 
 
 def test_every_sampling_option(model, cli):

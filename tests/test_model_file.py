@@ -191,9 +191,8 @@ def test_huge_headers(tiny, cli):
 def test_hostile_strings(tiny, cli):
     """Catches an escape sequence in a name or a setting that reaches the terminal raw."""
     nasty = "\x1b]0;x\x07\x9b2J\u202e\r\n"
-    path = craft(
-        tiny, dict(data=DATA | dict(names=[nasty]), training={nasty: nasty, "max_steps": "5"})
-    )
+    data, training = DATA | dict(names=[nasty]), {nasty: nasty, "max_steps": "5"}
+    path = craft(tiny, dict(data=data, training=training))
     for command in (["info"], ["chat"], ["generate", "a", "-n", 1], ["eval"]):
         result = cli(*command, "--model", path)
         assert not set("\x1b\x07\x9b\u202e\r") & set(result.out + result.err)

@@ -276,16 +276,14 @@ def test_no_answer(cli, server, monkeypatch):
 
 def test_urls(read, cli, server, dead):
     """Catches two addresses that share a copy, and a copy whose name leaves its folder."""
-    for i, page in enumerate(
-        ["/a/t.txt", "/b/t.txt", "/t.txt?x=../../y", "/..%2F..%2Fetc", "/" + "n" * 300]
-    ):
+    pages = ["/a/t.txt", "/b/t.txt", "/t.txt?x=../../y", "/..%2F..%2Fetc", "/" + "n" * 300]
+    for i, page in enumerate(pages):
         url = server.page(page, Answer(b"text %d\r\n" % i * 9))
         for _ in range(2):
             assert read("--data", url)["sha256"] == digest(f"text {i}\n" * 9)
     copies = names() - {"model.safetensors", "model.old.safetensors"}
-    assert len(copies) == len(server.asked) == 5 and all(
-        re.fullmatch(r"data.[\w.-]+", n) for n in copies
-    )
+    assert len(copies) == len(server.asked) == 5
+    assert all(re.fullmatch(r"data.[\w.-]+", name) for name in copies)
     for url in (dead + "/x", "http://[", "http://\udcff/", "http://a b/"):
         assert "--data" in failed(cli("train", *SMALL, "--data", url))
 

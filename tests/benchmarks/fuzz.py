@@ -93,9 +93,8 @@ def spoil_bytes(content: bytes, rng: random.Random) -> bytes:
         if how == 0:
             del spoilt[at:]
         elif how == 1:
-            spoilt[:8] = struct.pack(
-                "<Q", rng.choice((0, 1, n, n - 8, 10**8, 2**63, 2**64 - 1, at))
-            )
+            lengths = 0, 1, n, n - 8, 10**8, 2**63, 2**64 - 1, at
+            spoilt[:8] = struct.pack("<Q", rng.choice(lengths))
         elif how == 2:
             spoilt += rng.randbytes(end - at)
         else:
