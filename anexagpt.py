@@ -469,7 +469,8 @@ def split_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=2)
 def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> np.ndarray:
     """Where the windows of an epoch begin: non-overlapping, with a random phase, permuted."""
-    n_windows, rng = (n_ids - block_size - 1) // block_size, np.random.default_rng((seed, epoch))
+    n_windows = (n_ids - block_size - 1) // block_size
+    rng = np.random.default_rng((seed, epoch))
     phase = rng.integers(n_ids - block_size * n_windows)  # leaves room for the last target
     return phase + block_size * rng.permutation(n_windows)
 
@@ -477,9 +478,10 @@ def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> np.ndar
 def get_batch(ids: np.ndarray, step: int, cfg: TrainConfig, block_size: int) -> Tensor:
     """Windows (B, T + 1) of `step`: a function of seed and step, so resuming needs no state."""
     offsets = lambda epoch: epoch_offsets(epoch, len(ids), block_size, cfg.seed)
-    n, numbers = len(offsets(0)), range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-    starts = [offsets(i // n)[i % n] for i in numbers]
-    return torch.from_numpy(np.stack([ids[i : i + block_size + 1] for i in starts]).astype("i8"))
+    first, n = step * cfg.batch_size, len(offsets(0))  # windows so far, and in an epoch
+    starts = [offsets(i // n)[i % n] for i in range(first, first + cfg.batch_size)]
+    windows = np.stack([ids[start : start + block_size + 1] for start in starts])  # (B, T + 1)
+    return torch.from_numpy(windows.astype("i8"))
 
 
 def logit_scale(epochs: float) -> float:
@@ -491,7 +493,10 @@ def logit_scale(epochs: float) -> float:
 
 
 def validation_size(cfg: TrainConfig, block_size: int) -> int:
-    """Characters of an evaluation during training: below 10% of the run's time (3x faster each)."""
+    """Characters of an evaluation during training, so that it takes below 10% of the time.
+
+    A character takes a third of the time that it takes in training (measured on a CPU).
+    """
     return max(20_000, cfg.eval_interval * cfg.batch_size * block_size // 3)
 
 
@@ -538,8 +543,8 @@ class Trainer:
         matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
         self.muon = Muon(matrices, cfg, dtype)
-        rules = dict(weight_decay=0, fused=True, capturable=device.type == "cuda")
-        self.adamw = torch.optim.AdamW(others, torch.zeros((), device=device), (0.9, 0.99), **rules)
+        how = dict(weight_decay=0, fused=True, capturable=device.type == "cuda")
+        self.adamw = torch.optim.AdamW(others, torch.zeros((), device=device), (0.9, 0.99), **how)
         for p in others:  # AdamW creates its state lazily; a checkpoint needs it earlier
             shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
             self.adamw.state[p] = {name: p.new_zeros(shape) for name, shape in shapes.items()}
@@ -628,9 +633,9 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     train_ids, val_ids = split_ids(ids)
     val_ids = val_ids[: validation_size(cfg, T)]
     factor = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
-    share = lambda windows: windows.tensor_split(ctx.world_size)[ctx.rank]  # of this rank
+    local_rows = lambda windows: windows.tensor_split(ctx.world_size)[ctx.rank]  # (B / ranks, ...)
     # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
-    batch = share(torch.zeros(cfg.batch_size, T + 1, dtype=torch.long)).to(t.device)
+    batch = local_rows(torch.zeros(cfg.batch_size, T + 1, dtype=torch.long)).to(t.device)
     n_targets, scale, weight = torch.ones(3, device=t.device)
 
     def train_step() -> None:
@@ -660,7 +665,7 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     model.train()
     while t.step < cfg.max_steps:
         windows = get_batch(train_ids, t.step, cfg, T)  # (B, T + 1)
-        batch.copy_(share(windows))
+        batch.copy_(local_rows(windows))
         n_targets.fill_((windows[:, 1:] != 0).sum().clamp(min=1))
         scale.fill_(lr_scale(t.step, cfg))
         weight.fill_(ema_weight(t.step + 1))
@@ -792,8 +797,10 @@ class NumpyGPT:
 
 def generate_ids(model: GPT, prompt: np.ndarray, cfg: SampleConfig, rngs) -> Iterator[np.ndarray]:
     """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
-    T, B, cache = model.config.block_size, len(rngs), KVCache(model, len(rngs))
-    device, seen = cache.kv.device, np.zeros((B, model.config.vocab_size), bool)
+    T, B = model.config.block_size, len(rngs)
+    cache = KVCache(model, B)
+    device = cache.kv.device
+    seen = np.zeros((B, model.config.vocab_size), bool)
     seen[:, prompt] = True
     context = [np.full(B, i, "i8") for i in prompt[context_start(len(prompt), T) :]]  # S times (B,)
     numpy_gpt = NumpyGPT(model, cache) if B == 1 and device.type == "cpu" else None
@@ -842,11 +849,14 @@ class Model:
         for _ in range(cfg.max_new):
             pieces = [""] * len(rngs)
             for i, c in enumerate(self.tokenizer.decode(next(tokens))):
-                if not done[i]:
-                    held[i] += c
-                    found = [len(stop) for stop in stops if held[i].endswith(stop)]
-                    done[i], cut = bool(found), max(0, len(held[i]) - max(found, default=delay))
-                    pieces[i], held[i] = held[i][:cut], "" if found else held[i][cut:]
+                if done[i]:
+                    continue
+                held[i] += c
+                found = max((len(stop) for stop in stops if held[i].endswith(stop)), default=0)
+                cut = max(0, len(held[i]) - (found or delay))
+                pieces[i], held[i] = held[i][:cut], held[i][cut:]
+                if found:
+                    held[i], done[i] = "", True
             yield pieces
             if all(done):
                 return
@@ -855,7 +865,7 @@ class Model:
     def stream(self, prompt: str = "", **sampling) -> Iterator[str]:
         """Pieces of a continuation as they are written; `sampling`: fields of SampleConfig."""
         stop = sampling.pop("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
         for (piece,) in self.stream_batch(prompt, SampleConfig(stop=stop, **sampling)):
             yield piece
 
@@ -924,15 +934,16 @@ class Metadata(Config):
         data, init, max_steps = m.data, m.training.get("init"), m.training.get("max_steps", 0)
         if "name" in data:  # one string before version 1.0
             data["names"] = [data.pop("name")]
-        named = type(data["names"]) is list and "".join(data["names"])  # TypeError: no strings
-        hashed = re.fullmatch("[0-9a-f]{64}", data["sha256"])
-        require(named and hashed and is_number(data["characters"]), "its data is malformed")
-        valid = type(init) in (str, type(None)) and is_number(max_steps)
-        require(valid, "its training is malformed")
+        names = data["names"]  # TypeError where one is no string
+        require(type(names) is list and "".join(names), "its data set has no names")
+        require(re.fullmatch("[0-9a-f]{64}", data["sha256"]), "its sha256 is not 64 hex digits")
+        require(is_number(data["characters"]), "its data set has no number of characters")
+        require(type(init) in (str, type(None)), "its init is not a name")
+        require(is_number(max_steps), "its max_steps is not a number")
         steps = [0] + [step for step, _, _ in m.history]
-        valid = {*map(type, steps)} == {int} and steps == sorted(set(steps))
-        valid = valid and all(is_number(value) for row in m.history for value in row)
-        require(valid, "its history is malformed")
+        are_numbers = all(is_number(value) for row in m.history for value in row)
+        in_order = {*map(type, steps)} == {int} and steps == sorted(set(steps))
+        require(are_numbers and in_order, "its history is malformed")
         return m
 
     def __str__(self) -> str:
@@ -970,7 +981,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         error.filename = str(path)  # a full disk does not name the file
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict, rescue=False) -> None:
@@ -995,9 +1007,11 @@ def reading_model(path: Path, fix: str = "fetch it again") -> Iterator[None]:
     except FileNotFoundError:
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
         fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
+        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
+        fix += f", or use its checkpoint, {unfinished}" if unfinished.is_file() else ""
         raise UserError(f"{path}: no such file; {fix}") from None
     except (LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError) as error:
-        reason = f"its header has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         reason = " ".join(escape_control(reason).split())[:200]
         raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}") from None
 
@@ -1343,10 +1357,11 @@ class ProgressDisplay:
                 log(f"{losses} {left} | {sample}")
         if self.board:
             step, training, validation = self.t.history[-1]
-            self.board.add_scalar("training_loss", training, step)
-            self.board.add_scalar("validation_loss", validation, step)
-            self.board.add_scalar("lr_scale", lr_scale(step - 1, self.t.cfg), step)
-            self.board.add_scalar("characters_per_second", speed, step)
+            scalars = dict(training_loss=training, validation_loss=validation)
+            scalars |= dict(lr_scale=lr_scale(step - 1, self.t.cfg), characters_per_second=speed)
+            with suppress(OSError):  # a full disk must not end the run
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, step)
         if self.t.overfits() and not self.warned:
             self.warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
@@ -1356,7 +1371,8 @@ class ProgressDisplay:
         if self.is_live:
             self.show()
         if self.board:
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()
 
 
 def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
@@ -1420,15 +1436,15 @@ def visible(text: str) -> str:
 
 def annotated(text: str, styles: list[str], notes: list[str], width: int) -> Text:
     r"""Each character of `text` in its style, with its note below; \n ends a line."""
-    lines, left = [], 0
+    lines, cells_left = [], 0
     for c, style, note in zip(text, styles, notes, strict=True):
         room = max(cell_len(visible(c)), len(note))
-        if room > left:
-            lines += Text(), Text(style="dim")
-            left = width
+        if room > cells_left:
+            lines += [Text(), Text(style="dim")]  # characters, notes
+            cells_left = width
         lines[-2].append(set_cell_size(visible(c), room), style)
         lines[-1].append(f"{note:<{room}}")
-        left = 0 if c == "\n" else left - room
+        cells_left = 0 if c == "\n" else cells_left - room
     return Text("\n").join(lines)
 
 
@@ -1526,7 +1542,7 @@ class Chat:
         name, _, value = argument.strip().partition(" ")
         setting = self.settings.get(name.replace("_", "-"))
         if not setting:
-            raise UserError(f"/set {name}: choose from {', '.join(self.settings)}")
+            raise UserError(f"/set {name or 'NAME'}: choose from {', '.join(self.settings)}")
         kind, new, rule = field_types(setting)[0], setting.default, setting.metadata
         try:
             if value:
@@ -1592,10 +1608,11 @@ class Chat:
             value = getattr(self.cfg, name)
             if value == getattr(active, name):
                 continue
-            active = replace(active, **{name: value or 1e-6})  # 0 is a limit
+            active = replace(active, **{name: value or 1e-6})  # temperature 0 is a limit
             label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
             columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
-        unit = ((self.console.width - 8) // len(columns) - 7) / np.max([*columns.values()])
+        bar_width = (self.console.width - 8) // len(columns) - 7  # without the numbers
+        unit = bar_width / np.max([*columns.values()])  # cells for a probability of 1
         cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
         headers = [Column(name, style=COOL[1]) for name in columns]
         table = Table(Column("next", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
@@ -1711,8 +1728,12 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
             return
         except KeyboardInterrupt:
             log("(quit or Ctrl-D leaves)")
-        except (UserError, PermissionError) as error:
+        except UserError as error:
             log(f"({str(error).removeprefix('--')})")
+        except OSError as error:
+            if not error.filename:
+                raise  # the terminal, or the reader of a pipe, has gone
+            log(f"({error.filename}: {error.strerror})")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -1845,9 +1866,9 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
     """Write the model for llama.cpp; `half`: matrices in float16."""
     gguf, config = optional("gguf"), model.network.config
     # GPT-2 spells each byte as one visible character; those without one count up from U+0100.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    spelling = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
     kind = gguf.TokenType
     entries = dict(
@@ -1885,11 +1906,16 @@ TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for s
 ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
     ("generate explain", "prompt", dict(help="text to continue, or to show")),
     ("push", "name", dict(metavar="USER/NAME", help="name of the model on the Hub")),
+    ("run train", "files", dict(nargs="*", metavar="TEXT", help="as --data")),
+    ("chat generate explain info push", "files",
+     dict(nargs="*", metavar="MODEL", help="as --model")),
+    ("eval", "files", dict(nargs="*", metavar="FILE", help="as --data or --model")),
+    ("export", "files", dict(nargs="*", metavar="FILE", help="model, folder for transformers")),
     ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
-    ("run train", "--restart", dict(action="store_true", help="start anew, whatever exists")),
+    ("run train", "--restart", dict(action="store_true", help="start anew; a model is renamed")),
     ("run train", "--quiet", dict(action="store_true", help="no progress")),
     ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="write losses and speed")),
     ("chat generate explain eval info export push", "--model",
@@ -1956,12 +1982,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for names, config, skip in SETTINGS:
         if command in names.split():
             parser.add_config(config, skip)
-    use = "text as --data, model as --model; of export also the folder for transformers"
-    parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=use)
     args = parser.parse_intermixed_args(argv)
     vars(args).update(SIZES.get(args.size, {}) | vars(args))  # --size stands for four options
     for file in args.files:
-        if file.endswith(models) and "model" in args:
+        if "model" in args and (file.endswith(models) or command in ("chat", "info")):
             args.model = Path(file)
         elif not (named or file in (*BUILT_IN, "-") or "." in file or os.path.exists(file)):
             parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
@@ -2014,7 +2038,7 @@ def load_from_args(args: argparse.Namespace, one_text: bool = True) -> Model:
 
 # A run is known by its --out. Where that file exists, the run is finished: nothing trains over it.
 # Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
-# new. With --restart it is new in any case: the model is renamed, the checkpoint removed.
+# new. With --restart it is new in any case: the model gets another name, the checkpoint goes.
 
 NEW_RUN = Metadata(config={}, data=dict(names=[]), training={}, history=[])  # step 0
 
@@ -2073,6 +2097,8 @@ def prepare_run(args, device, dtype, ctx) -> tuple[Trainer, Corpus]:
     A setting comes from the options, else from the unfinished run, else from the model of --init.
     """
     m, tensors = find_checkpoint(args)
+    if args.dtype == "auto" and m.step:  # the number format of the run
+        _, dtype = select_device(device.type, str(m.training.get("dtype")))
     cfg = from_args(TrainConfig, args, m.training)
     if m.step >= cfg.max_steps:
         raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
@@ -2085,10 +2111,13 @@ def prepare_run(args, device, dtype, ctx) -> tuple[Trainer, Corpus]:
     if cfg.batch_size < ctx.world_size:
         raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
     corpus = load_corpus(args.data or saved_names(m), args.encoding)
-    data, n = text_names(corpus.data["names"]), np.count_nonzero(corpus.ids)
-    if n < (needed := 10 * (config.block_size + 1)):
+    data, n, needed = text_names(corpus.data["names"]), len(corpus.ids), 10 * config.block_size + 10
+    if n < needed:
         fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
-        raise UserError(f"--data {data}: {n:,} characters (U+FFFD does not count), but {fix}")
+        raise UserError(f"--data {data}: {n:,} characters, but {fix}")
+    if not all(part.any() for part in split_ids(corpus.ids)):
+        fix = "save it again, or give its real --encoding"
+        raise UserError(f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
     if m.step and corpus.data["sha256"] != m.data["sha256"]:
         raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
     epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
@@ -2138,7 +2167,7 @@ def cmd_train(args: argparse.Namespace) -> None:
             fix = "wait, or choose another folder"
             raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
         t, corpus = ctx.together(lambda: prepare_run(args, device, dtype, ctx))
-        settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data))
+        settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data["sha256"]))
         digest = torch.tensor(zlib.crc32(settings.encode()))
         if ctx.all_reduce(digest.clone()) != ctx.world_size * digest:
             raise UserError("torchrun: the ranks differ in options, text or checkpoint")
@@ -2168,13 +2197,16 @@ def run_training(args, t: Trainer, corpus: Corpus) -> None:
 
     board = None
     if args.tensorboard and is_first:
-        board = optional("torch.utils.tensorboard").SummaryWriter(args.tensorboard)
+        writer = optional("torch.utils.tensorboard").SummaryWriter
+        board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
     if t.step:
         log(f"Resuming {checkpoint} at step {t.step:,}.")
     elif is_first:
-        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
         if out.exists():  # --restart
-            log(f"{out}: is kept as {out.replace(out.with_stem(f'{out.stem}.old'))}")
+            names = (out.with_stem(f"{out.stem}.old{i or ''}") for i in range(10**6))
+            old = out.rename(next(name for name in names if not name.exists()))
+            log(f"{out}: is kept as {old}")
+        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
     if not quiet:
         log_run(t, corpus)
     with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
@@ -2207,8 +2239,8 @@ def cmd_run(args: argparse.Namespace) -> None:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     args.model = args.out
     m = read_file(args.out)[0] if args.out.exists() and not args.restart else NEW_RUN
-    asked = config_diff(args, m.config | m.training) or args.data not in ([], m.data["names"])
-    if asked or not m.step:
+    differs = config_diff(args, m.config | m.training) or args.data not in ([], m.data["names"])
+    if differs or m is NEW_RUN:
         cmd_train(args)  # which refuses to train over a finished model
     else:
         log(f"{args.out}: {m}. /help lists the commands.")

@@ -24,9 +24,6 @@ def model(tiny, cli):
     return random_model(tiny, "model.safetensors", CHARACTERS, scale=0.7)
 
 
-# ---- views ----
-
-
 def context(model, text: str) -> str:
     """The end of `text` that the model reads: when full, the first half of it is left out."""
     T, start = model.network.config.block_size, 0
@@ -308,6 +305,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer yet",
         "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
         "/model no.safetensors": "no such file", "/read model.safetensors": "not ",
+        "/model model.safetensors/x": "Not a directory", f"/read {'n' * 300}": "too long",
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]

@@ -124,7 +124,7 @@ def test_stopped_and_resumed(cli, number):
         result = Fork("train", *OPTIONS).result()
     assert result.status == 128 + number and "step 10" in result.err, result
     assert names() == {"prose.txt", "whole.safetensors", str(CHECKPOINT)}
-    result = cli("train", "--dtype", "float32")  # the rest, and the text, is that of the run
+    result = cli("train")  # text, settings and number format are those of the run
     assert result.status == 0 and "at step 10" in result.err
     assert names() == {"prose.txt", "whole.safetensors", str(MODEL)}
     assert weights() == weights(Path("whole.safetensors"))

@@ -256,6 +256,7 @@ def test_model_that_was_copied_in(cli, tiny):
     assert cli("train", *OPTIONS, "--out", MODEL.with_stem("other")).status == 0
     assert cli("train", *OPTIONS, "--restart").status == 0
     assert MODEL.read_bytes() != tiny.read_bytes() and not CHECKPOINT.exists()
+    assert cli("train", *OPTIONS, "--restart").status == 0  # keeps both
     assert MODEL.with_stem("model.old").read_bytes() == tiny.read_bytes()
 
 
