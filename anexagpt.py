@@ -2161,7 +2161,10 @@ def cmd_train(args: argparse.Namespace) -> None:
     with init_distributed(device) as ctx, ExitStack() as stack:
         try:
             if ctx.rank == 0:
-                stack.enter_context(filelock.FileLock(out.parent / f".{out.name}.lock", timeout=0))
+                lock = out.with_name(f".{out.name}.lock")
+                stack.enter_context(filelock.FileLock(lock, timeout=0))
+                if os.name == "posix":  # Windows removes no open file
+                    stack.callback(lock.unlink, missing_ok=True)
         except OSError as error:  # a Timeout is one; also where the folder is read-only
             reason = error.strerror or "another process trains it, or no file can be made there"
             fix = "wait, or choose another folder"
