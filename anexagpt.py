@@ -1925,7 +1925,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
     ("run train chat generate explain eval", "--device",
      dict(default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: GPU, else CPU")),
     ("run train eval", "--dtype",
-     dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: the fastest")),
+     dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(default="", metavar="N", help="of attn (default: the last)")),
