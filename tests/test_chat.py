@@ -192,9 +192,6 @@ def test_views_of_hostile_text(tiny, cli, monkeypatch):
             assert columns == 12 or cell_len(line) <= columns, line
 
 
-# ---- the prompt, over pipes ----
-
-
 def chat(cli, *lines, options=()):
     """Standard output and messages of a session; each message is in parentheses on its line."""
     result = cli("chat", "-n", 20, *options, stdin="".join(f"{line}\n" for line in lines))
@@ -344,9 +341,6 @@ def test_views_and_answers_follow_the_session(model, tiny, cli):
     other = random_model(tiny, "other model.safetensors", CHARACTERS, scale=0.3)
     out, _ = chat(cli, "the", "/model other model.safetensors", "/regen", options=["--seed", 1])
     assert out.endswith(f"\nthe{other.generate('the', max_new=20, seed=1)}\n")
-
-
-# ---- the prompt, on a terminal ----
 
 
 def screen(text: str) -> list[str]:

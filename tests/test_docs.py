@@ -202,9 +202,6 @@ def test_pictures_are_drawn_from_their_figures(tmp_path, monkeypatch):
         assert svg == (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8"), name
 
 
-# ---- project ----
-
-
 def pins(name: str) -> list[str]:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith(("#", "-r"))]

@@ -143,6 +143,20 @@ def test_restart_is_stopped_and_resumed(cli):
     assert old.read_bytes() == before
 
 
+def test_second_ctrl_c(cli, monkeypatch):
+    """Catches a run that cannot be left at once, without the time that saving takes."""
+    clock = time.monotonic
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 2)
+        signal.raise_signal(signal.SIGINT)
+
+    with at_step(10, twice):
+        assert cli("train", *OPTIONS).status == 130
+    assert names() == {"prose.txt"}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_stop_at_any_line(cli, count):
     """Catches an instant between the last step and the saved model at which Ctrl-C (once, or twice

@@ -148,9 +148,6 @@ def test_seeds(cli, tiny, model):
     assert cli(*command, "-n", 0).out == "the \n"
 
 
-# ---- stop texts ----------------------------------------------------------------------------------
-
-
 @given(st.text("ab", max_size=14), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 @example("aab", ["b", "ab"])
 def test_stop(model, text, stops):

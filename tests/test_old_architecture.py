@@ -368,9 +368,6 @@ def test_ctrl_c_while_training(tmp_path):
     assert process.returncode == 130 and not [*tmp_path.iterdir()]
 
 
-# ---- the page ------------------------------------------------------------------------------------
-
-
 def test_code_of_the_page_runs():
     """Catches a block of old_architecture.md that fails, or whose asserted figures are wrong."""
     page, scope = (ROOT / "docs" / "old_architecture.md").read_text("utf-8"), {}
