@@ -2210,7 +2210,7 @@ def run_training(args, t: Trainer, corpus: Corpus) -> None:
         if out.exists():  # --restart
             names = (out.with_stem(f"{out.stem}.old{i or ''}") for i in range(10**6))
             old = out.rename(next(name for name in names if not name.exists()))
-            log(f"{out}: is kept as {old}")
+            log(f"{out}: renamed to {old}")
         checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
     if not quiet:
         log_run(t, corpus)
