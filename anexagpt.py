@@ -2,15 +2,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch==2.13.0",
-#     "safetensors==0.8.0",
-#     "packaging==26.3",
-#     "requests==2.34.2",
-#     "rich==15.0.0",
-#     "filelock==4.2.11",
-#     "numpy==2.2.6; python_version < '3.11'",
-#     "numpy==2.4.6; python_version >= '3.11'",
-#     "prompt_toolkit==3.0.53",
+#     "torch==2.13.0", "safetensors==0.8.0", "packaging==26.3", "requests==2.34.2", "rich==15.0.0",
+#     "filelock==4.2.11", "numpy==2.2.6; python_version < '3.11'",
+#     "numpy==2.4.6; python_version >= '3.11'", "prompt_toolkit==3.0.53",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
@@ -68,7 +62,6 @@ import secrets
 import shutil
 import signal
 import tempfile
-import textwrap
 import time
 import unicodedata
 import zlib
@@ -129,6 +122,12 @@ class UserError(Exception):
     """An error that the user can fix: the message gives the value, the rule and what to do."""
 
 
+def require(condition, message: str) -> None:
+    """raises: UserError with `message` unless `condition` is true"""
+    if not condition:
+        raise UserError(message)
+
+
 def option(default, help, low=None, high=None):
     """Dataclass field that is also a command-line option, if it has a help text."""
     return field(default=default, metadata=dict(help=help, low=low, high=high))
@@ -145,11 +144,18 @@ class Config:
     def __post_init__(self):
         for setting in fields(self):
             value, rule, types = getattr(self, setting.name), setting.metadata, field_types(setting)
-            shown = f"--{setting.name.replace('_', '-')} {value!r}: must be"
-            if type(value) not in types and not (type(value) is int and float in types):
-                raise UserError(f"{shown} {' or '.join(t.__name__ for t in types)}")
-            if None not in (value, rule["low"]) and not rule["low"] <= value <= rule["high"]:
-                raise UserError(f"{shown} from {rule['low']:,} to {rule['high']:,}")
+            is_valid = type(value) in types or (type(value) is int and float in types)
+            kind = {int: "a whole number", float: "a number"}.get(types[0], types[0].__name__)
+            if rule["low"] is not None:
+                kind += f" from {rule['low']:,} to {rule['high']:,}"
+                is_valid = is_valid and (value is None or rule["low"] <= value <= rule["high"])
+            require(is_valid, f"--{setting.name.replace('_', '-')} {value!r}: must be {kind}")
+
+    @classmethod
+    def pick(cls, settings: dict) -> Config:
+        """The config that has those of `settings` that it has fields for, else its defaults."""
+        known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
 
 
 @dataclass(frozen=True)
@@ -177,13 +183,6 @@ class GPTConfig(Config):
     def __str__(self) -> str:
         n = self.n_parameters()
         return f"{n / 1e6:,.1f} M parameters" if n >= 100_000 else f"{n:,} parameters"
-
-
-SIZES = {  # --size: 0.8 M, 10.8 M and 86 M parameters
-    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),
-    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
-    "large": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
-}
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -303,10 +302,10 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 has the tanh form of GELU (Hendrycks and Gimpel 2016, section 2). In training on a
-        # CPU the exact form takes half the time; it differs by at most 0.0005.
-        form = "none" if self.training and x.device.type == "cpu" else "tanh"
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=form))
+        # GPT-2 has the tanh approximation of GELU (Hendrycks and Gimpel 2016, section 2). In
+        # training on a CPU exact GELU takes half the time; it differs by at most 0.0005.
+        approximate = "none" if self.training and x.device.type == "cpu" else "tanh"
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=approximate))
 
 
 class Block(nn.Module):
@@ -335,7 +334,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         wide = (2 * config.n_embd) ** -0.5  # GPT-2 has 0.02; a step of Muon is larger than AdamW's
-        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # blocks begin as x -> x
+        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # a block starts as x
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=std[name.split(".")[-2]])
@@ -384,7 +383,7 @@ class TrainConfig(Config):
 
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
-    """Factor of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
+    """Multiplier of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
     Most schedules decay to zero; here the moving average (ema_weight) replaces the last part.
     """
@@ -395,7 +394,7 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
 
 
 def ema_weight(step: int) -> float:
-    """Share of the newest weights in the moving average (EMA) of the weights after `step` steps.
+    """1 - decay of the moving average (EMA) of the weights after `step` steps.
 
     The average, over about the last eighth of the run so far, is what is evaluated and saved: the
     weights of a single step memorise and fluctuate more.
@@ -485,7 +484,7 @@ def get_batch(ids: np.ndarray, step: int, cfg: TrainConfig, block_size: int) -> 
 
 
 def logit_scale(epochs: float) -> float:
-    """Factor of the logits in training only, so that a repeated text is not learnt overconfidently.
+    """Multiplier of the logits in training only, against overconfidence on a repeated text.
 
     Without it validation loss would be lowest at a temperature of 1.15.
     """
@@ -509,8 +508,7 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
     """
     ctx, T, device = ctx or DistributedContext(), model.config.block_size, model.wte.weight.device
     count = int(np.count_nonzero(ids[1:]))
-    if not count:
-        raise UserError("the text to evaluate on has no character that the model knows")
+    require(count, "there is no text to evaluate on: all its characters are unknown, or U+FFFD")
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
     windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
@@ -529,11 +527,18 @@ def weights_are_sane(network: GPT) -> bool:
 
 
 class Trainer:
-    """Network, optimizers and progress of a training run: what a checkpoint contains."""
+    """A training run: text, network, optimizers and progress. A checkpoint has all but the text."""
 
-    def __init__(self, config: GPTConfig, cfg: TrainConfig, device, dtype, ctx=None):
-        self.cfg, self.device, self.dtype = cfg, device, dtype
+    def __init__(self, config: GPTConfig, cfg: TrainConfig, corpus, device, dtype, ctx=None):
+        self.cfg, self.corpus, self.device, self.dtype = cfg, corpus, device, dtype
         self.ctx = ctx or DistributedContext()
+        self.train_ids, val_ids = split_ids(corpus.ids)
+        self.val_ids = val_ids[: validation_size(cfg, config.block_size)]
+        self.epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(self.train_ids)
+        if config.dropout is None:  # the more often a text is repeated, the sooner it is memorised
+            rate = 0.0 if self.epochs < 25 else 0.1 if self.epochs < 80 else 0.2
+            config = replace(config, dropout=rate)
+        config = replace(config, vocab_size=len(corpus.tokenizer))
         torch.manual_seed(cfg.seed)
         self.model = GPT(config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()  # see ema_weight
@@ -549,7 +554,7 @@ class Trainer:
             shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
             self.adamw.state[p] = {name: p.new_zeros(shape) for name, shape in shapes.items()}
 
-    def evaluate(self, ids: np.ndarray) -> None:
+    def evaluate(self) -> None:
         """Append both losses to the history, and keep the best weights.
 
         raises: UserError if the run has diverged: a loss or a weight is not finite, or the loss
@@ -557,7 +562,7 @@ class Trainer:
         """
         cfg, n_steps = self.cfg, self.step - (self.history[-1][0] if self.history else 0)
         training = float(self.loss_sum) / max(1, n_steps)
-        validation, _ = evaluate(self.ema, ids, self.dtype, self.ctx)
+        validation, _ = evaluate(self.ema, self.val_ids, self.dtype, self.ctx)
         uniform, is_last = math.log(self.model.config.vocab_size), self.step == cfg.max_steps
         is_finite = math.isfinite(training + validation) and weights_are_sane(self.ema)
         if not is_finite or (is_last and validation > 1.1 * uniform):
@@ -576,6 +581,14 @@ class Trainer:
         best = min(range(len(self.history)), key=lambda i: self.history[i][2], default=0)
         later = self.history[best + 1 :]
         return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
+
+    def metadata(self) -> Metadata:
+        """Header of a checkpoint, or of the model file."""
+        config, vocab = asdict(self.model.config), self.corpus.tokenizer.characters
+        dtype = str(self.dtype).removeprefix("torch.")
+        training = asdict(self.cfg) | dict(device=self.device.type, dtype=dtype)
+        loss = self.best_loss if self.best else None
+        return Metadata(config, vocab, self.corpus.data, training, self.step, loss, self.history)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint by name, not copies."""
@@ -623,16 +636,13 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
 
 
-def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_requested) -> None:
+def training_loop(t: Trainer, display, save_checkpoint, stop_requested) -> None:
     """The training loop: until cfg.max_steps, or until `stop_requested()` on some rank.
 
-    display: has update(), for each step, and evaluation(); save_checkpoint: gets the tensors of a
-    checkpoint, and whether the loop stops.  raises: UserError if it diverges
+    display: has update(), for each step, and evaluation(); save_checkpoint: gets whether the loop
+    stops; stop_requested: true after Ctrl-C (see stop_signals).  raises: UserError if it diverges
     """
     cfg, model, ctx, T = t.cfg, t.model, t.ctx, t.model.config.block_size
-    train_ids, val_ids = split_ids(ids)
-    val_ids = val_ids[: validation_size(cfg, T)]
-    factor = logit_scale(cfg.max_steps * cfg.batch_size * T / len(train_ids))
     local_rows = lambda windows: windows.tensor_split(ctx.world_size)[ctx.rank]  # (B / ranks, ...)
     # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
     batch = local_rows(torch.zeros(cfg.batch_size, T + 1, dtype=torch.long)).to(t.device)
@@ -642,15 +652,16 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
 
     def train_step() -> None:
         model.zero_grad()
-        loss_sum = torch.zeros_like(t.loss_sum)
+        step_loss = torch.zeros_like(t.loss_sum)
         for part in batch.chunk(cfg.grad_accum):
+            x, y = part[:, :-1], part[:, 1:]  # (B / grad_accum, T) inputs, targets
             with torch.autocast(t.device.type, torch.bfloat16, enabled=t.dtype == torch.bfloat16):
-                logits = model(part[:, :-1])  # (B / grad_accum, T, V)
-            loss = cross_entropy(factor * logits, part[:, 1:]) / n_targets
+                logits = model(x)  # (B / grad_accum, T, V)
+            loss = cross_entropy(logit_scale(t.epochs) * logits, y) / n_targets
             loss.backward()
-            loss_sum += loss.detach()
+            step_loss += loss.detach()
         ctx.all_reduce_gradients(model)
-        t.loss_sum += ctx.all_reduce(loss_sum)
+        t.loss_sum += ctx.all_reduce(step_loss)
         # No gradient clipping: Muon's update has a fixed size, and AdamW normalises its own.
         t.adamw.param_groups[0]["lr"].copy_(cfg.learning_rate * scale)
         t.adamw.step()
@@ -663,10 +674,10 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
     run_step = CudaGraph(train_step) if use_graph else train_step
     next_save = time.monotonic() + cfg.checkpoint_interval
     if t.step == 0 and cfg.init:
-        t.evaluate(val_ids)  # so that a run never ends worse than it began
+        t.evaluate()  # so that a run never ends worse than it began
     model.train()
     while t.step < cfg.max_steps:
-        windows = get_batch(train_ids, t.step, cfg, T)  # (B, T + 1)
+        windows = get_batch(t.train_ids, t.step, cfg, T)  # (B, T + 1)
         batch.copy_(local_rows(windows))
         n_targets.fill_((windows[:, 1:] != 0).sum().clamp(min=1))
         scale.fill_(lr_scale(t.step, cfg))
@@ -675,13 +686,13 @@ def training_loop(t: Trainer, ids: np.ndarray, display, save_checkpoint, stop_re
         run_step()
         t.step += 1
         if t.step % cfg.eval_interval == 0 or t.step in (50, cfg.max_steps):  # 50: an early sign
-            t.evaluate(val_ids)
+            t.evaluate()
             display.evaluation()
         display.update()
         started = time.monotonic()
         stop, due = ctx.any_rank(stop_requested(), started > next_save)
         if (stop or due) and t.step < cfg.max_steps:
-            save_checkpoint(t.state_dict(), stop)
+            save_checkpoint(stop)
             now = time.monotonic()  # saving takes at most 1% of the time
             next_save = now + max(cfg.checkpoint_interval, 100 * (now - started))
         if stop:
@@ -839,7 +850,7 @@ class Model:
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
 
-        Text i depends only on (seed, i), not on the batch. A piece is withheld while it may be the
+        Text i depends only on (seed, i), not on the batch. A piece is held back while it may be the
         beginning of a stop text.
         """
         ids = self.prompt_ids(prompt)
@@ -892,13 +903,7 @@ class Model:
 MODEL = "model.safetensors"
 CHECKPOINT_SUFFIX = ".checkpoint"
 MAX_HEADER = 8 << 20  # bytes
-LIMIT = 1e15  # no number in a header is larger
-
-
-def require(condition: bool, rule: str) -> None:
-    """Raise ValueError unless a claim of an untrusted file is true."""
-    if not condition:
-        raise ValueError(rule)
+LIMIT = 10**15  # no number in a header is larger
 
 
 def is_number(value) -> bool:
@@ -933,15 +938,14 @@ class Metadata(Config):
         in_order = vocab == build_vocab(vocab) and len(vocab) == size
         require(in_order, "its characters are not U+FFFD and others in order")
         vocab.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
-        data, init, max_steps = m.data, m.training.get("init"), m.training.get("max_steps", 0)
+        TrainConfig.pick(m.training)
+        data = m.data
         if "name" in data:  # one string before version 1.0
             data["names"] = [data.pop("name")]
         names = data["names"]  # TypeError where one is no string
         require(type(names) is list and "".join(names), "its data set has no names")
         require(re.fullmatch("[0-9a-f]{64}", data["sha256"]), "its sha256 is not 64 hex digits")
         require(is_number(data["characters"]), "its data set has no number of characters")
-        require(type(init) in (str, type(None)), "its init is not a name")
-        require(is_number(max_steps), "its max_steps is not a number")
         steps = [0] + [step for step, _, _ in m.history]
         are_numbers = all(is_number(value) for row in m.history for value in row)
         in_order = {*map(type, steps)} == {int} and steps == sorted(set(steps))
@@ -949,9 +953,10 @@ class Metadata(Config):
         return m
 
     def __str__(self) -> str:
-        loss = math.nan if self.validation_loss is None else self.validation_loss
+        loss = self.validation_loss
+        loss = "unknown" if loss is None else f"{loss:.4f} nats/char"
         run = f"trained on {text_names(self.data['names'])} for {self.step:,} steps"
-        return f"{GPTConfig(**self.config)}, {run}, validation loss {loss:.4f} nats/char"
+        return f"{GPTConfig(**self.config)}, {run}, validation loss {loss}"
 
 
 def text_names(names: list[str]) -> str:
@@ -967,8 +972,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(22, "is not a regular file")  # /dev/null must stay what it is
-        pattern = f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
-        for old in path.parent.glob(pattern):  # of killed processes
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes
             with suppress(OSError):  # another process may remove it, too
                 if time.time() - old.stat().st_mtime > 86_400:
                     old.unlink()
@@ -1046,8 +1050,6 @@ def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
     network = GPT(GPTConfig(**metadata.config))
     with reading_model(Path(path)):
         network.load_state_dict(weights)  # RuntimeError unless names and shapes are the same
-        is_finished = metadata.validation_loss is not None or prefix in ("best.", "ema.")
-        require(is_finished, "it has no validation_loss")
         require(weights_are_sane(network), "its weights are huge or not finite")
     return Model(network.to(device).eval(), Tokenizer(metadata.characters), metadata)
 
@@ -1096,23 +1098,20 @@ def download(name: str) -> Path:
         try:
             headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
             response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
-            if response.status_code != 200:
-                raise ValueError(f"HTTP status {response.status_code}")
+            require(response.status_code == 200, f"HTTP status {response.status_code}")
             n_pieces = int(response.headers.get("Content-Length") or 0) / (1 << 16) or None
             bar = dict(console=PlainConsole(), transient=True, disable=not sys.stderr.isatty())
             with atomic_write(path) as file:
                 pieces = response.iter_content(1 << 16)
                 for piece in rich.progress.track(pieces, "", n_pieces, **bar):
                     file.write(piece)
-                    if file.tell() > MAX_DOWNLOAD:
-                        raise ValueError(f"more than {MAX_DOWNLOAD:,} bytes")
+                    require(file.tell() <= MAX_DOWNLOAD, f"more than {MAX_DOWNLOAD:,} bytes")
                 file.flush()
-                if not is_complete(Path(file.name)):
-                    raise ValueError("another text, or not all of it")
+                require(is_complete(Path(file.name)), "another text, or not all of it")
             return path
         except requests.RequestException as error:  # its text has the URL, which may be secret
             reasons.append(f"{host}: the connection failed ({type(error).__name__})")
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             reasons.append(f"{host}: {error}")
     name, fix = re.sub(r"//[^/]*@|[?#].*", "", name), "try again, or give a text file"
     raise UserError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
@@ -1271,8 +1270,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     if device.type == "cuda":
         backend, n_gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
         n = int(os.environ["LOCAL_WORLD_SIZE"])
-        if n > n_gpus:
-            raise UserError(f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
+        require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -1319,8 +1317,8 @@ def log(text: str = "") -> None:
 class ProgressDisplay:
     """Progress of a training run: a live line on a terminal, plain lines elsewhere, or nothing."""
 
-    def __init__(self, trainer: Trainer, sample: Callable[[], str], quiet: bool, board=None):
-        self.t, self.sample, self.quiet, self.board = trainer, sample, quiet, board
+    def __init__(self, trainer: Trainer, quiet: bool, board=None):
+        self.t, self.quiet, self.board = trainer, quiet, board
         self.warned, self.started, self.shown = False, (time.monotonic(), trainer.step), 0.0
         self.is_live = sys.stderr.isatty() and not quiet
 
@@ -1350,21 +1348,22 @@ class ProgressDisplay:
 
     def evaluation(self) -> None:
         """Report an evaluation with a sample of what the model writes."""
-        losses, speed, left = self.metrics()
+        t, (losses, speed, left) = self.t, self.metrics()
         if not self.quiet:
-            sample = escape_control(self.sample().replace("\n", " "))
+            model = Model(t.ema, t.corpus.tokenizer, t.metadata())
+            sample = escape_control(model.generate("\n", max_new=60, seed=0).replace("\n", " "))
             if self.is_live:
                 self.show(f"{losses} | {sample}", "\n")
             else:
                 log(f"{losses} {left} | {sample}")
         if self.board:
-            step, training, validation = self.t.history[-1]
+            step, training, validation = t.history[-1]
             scalars = dict(training_loss=training, validation_loss=validation)
-            scalars |= dict(lr_scale=lr_scale(step - 1, self.t.cfg), characters_per_second=speed)
+            scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=speed)
             with suppress(OSError):  # a full disk must not end the run
                 for name, value in scalars.items():
                     self.board.add_scalar(name, value, step)
-        if self.t.overfits() and not self.warned:
+        if t.overfits() and not self.warned:
             self.warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
             log("weights are saved; try more --dropout, fewer --max-steps or more text.")
@@ -1506,16 +1505,15 @@ class Chat:
         if not line.startswith("/"):
             return self.answer(line)
         name, _, argument = line[1:].partition(" ")
-        if name not in self.commands:
-            raise UserError(f"/{name}: unknown; /help lists the commands")
-        if self.commands[name].__doc__.startswith("FILE") and not argument.strip():
-            raise UserError(f"usage: /{name} FILE")
+        require(name in self.commands, f"/{name}: unknown; /help lists the commands")
+        needs_file = self.commands[name].__doc__.startswith("FILE")
+        require(argument.strip() or not needs_file, f"usage: /{name} FILE")
         self.commands[name](argument)
 
     def answer(self, prompt: str, echo: bool = True) -> None:
         """Continue `prompt` until done or Ctrl-C; `echo`: show it before its continuation."""
-        if not (text := normalized(self.model, prompt)):
-            raise UserError("there is nothing to continue; type a prompt")
+        text = normalized(self.model, prompt)
+        require(text, "there is nothing to continue; type a prompt")
         start = context_start(len(text), self.model.network.config.block_size)
         self.seed = secrets.randbelow(10**9) if self.cfg.seed is None else self.cfg.seed
         self.prompt, self.written = prompt, ""
@@ -1543,15 +1541,11 @@ class Chat:
         """NAME [VALUE]: change a setting, as /set top-k 5; without a value back to its default."""
         name, _, value = argument.strip().partition(" ")
         setting = self.settings.get(name.replace("_", "-"))
-        if not setting:
-            raise UserError(f"/set {name or 'NAME'}: choose from {', '.join(self.settings)}")
-        kind, new, rule = field_types(setting)[0], setting.default, setting.metadata
-        try:
+        require(setting, f"/set {name or 'NAME'}: choose from {', '.join(self.settings)}")
+        kind, new = field_types(setting)[0], value or setting.default
+        with suppress(ValueError):  # the config says what it must be
             if value:
                 new = (*self.cfg.stop, unescape(value)) if kind is tuple else kind(value)
-        except ValueError:
-            what = f"a{' whole' * (kind is int)} number from {rule['low']:,} to {rule['high']:,}"
-            raise UserError(f"{name} {value}: must be {what}") from None
         self.cfg = replace(self.cfg, **{setting.name: new})
         log(f"({name} {self.shown(setting)})")
 
@@ -1579,8 +1573,7 @@ class Chat:
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
         path = Path(os.path.expanduser(file.strip()))
-        if not path.is_file():  # a pipe would block
-            raise UserError(f"/read {file}: no such file; check the spelling")
+        require(path.is_file(), f"/read {file}: no such file; check the spelling")  # nor a pipe
         self.answer("".join(read_texts([(path, "utf-8")])).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
@@ -1631,8 +1624,7 @@ class Chat:
         """[TEXT]: show the surprise of each character of a text, or of the last answer."""
         prompt, answer = ("", text) if text else (self.prompt, self.written)
         answer, _ = self.model.tokenizer.normalize_prompt(answer)
-        if not answer:
-            raise UserError("there is no answer yet; type a prompt")
+        require(answer, "there is no answer yet; type a prompt")
         tokenizer, before = self.model.tokenizer, self.model.prompt_ids(prompt)
         ids, n = np.concatenate((before, tokenizer.encode(answer))).astype("i8"), len(before)
         logits = predictions(self.model, ids, n)[:-1]  # (N, V), one row per character of the answer
@@ -1755,11 +1747,7 @@ def optional(module: str):
 
 def without_paths(metadata: Metadata) -> Metadata:
     """Metadata to publish: names of texts without folders, passwords and queries."""
-
-    def public(name: str) -> str:
-        name = re.sub(r"^\w+://([^/]*@)?|[?#].*", "", name) if "://" in name else name
-        return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-
+    public = lambda name: re.split(r"[/\\@]", re.sub(r"[?#].*", "", name).rstrip("/\\"))[-1]
     training, names = dict(metadata.training), map(public, metadata.data["names"])
     training["init"] = training.get("init") and public(training["init"])
     return replace(metadata, data=metadata.data | dict(names=[*names]), training=training)
@@ -1773,7 +1761,7 @@ def model_card(model: Model, title: str, license: str) -> str:
     sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
     prompt = (re.findall(r"\w+", sample) or [""])[0]
     listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
-    indented = lambda text: textwrap.indent(text, "    ", lambda line: True)
+    indented = lambda text: "    " + text.replace("\n", "\n    ")
     result = lambda *metric: hub.EvalResult("text-generation", "text", text, *metric)
     front = hub.ModelCardData(
         model_name=title, license=license, language="en" if text in RIGHTS else None,
@@ -1867,10 +1855,7 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
 def write_gguf(path: Path, model: Model, half: bool) -> None:
     """Write the model for llama.cpp; `half`: matrices in float16."""
     gguf, config = optional("gguf"), model.network.config
-    # GPT-2 spells each byte as one visible character; those without one count up from U+0100.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    spelling = gguf.vocab.bytes_to_unicode()  # GPT-2 spells each byte as one visible character
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
     kind = gguf.TokenType
     entries = dict(
@@ -1900,9 +1885,194 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
         writer.close()
 
 
+# ---- runs ----------------------------------------------------------------------------------------
+# A run is known by its --out. Where that file exists, the run is finished: nothing trains over it.
+# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
+# new. With --restart it is new in any case: the model gets another name, the checkpoint goes.
+
+NEW_RUN = Metadata(config={}, data=dict(names=[]), training={}, history=[])  # step 0
+
+
+def config_diff(args: argparse.Namespace, saved: dict, *may_change: str) -> str:
+    """Options that ask for something else than the settings `saved`; "" if none."""
+    wanted, free = vars(args), ("device", "dtype", "grad_accum", "checkpoint_interval", *may_change)
+    names = [n for n, v in wanted.items() if n in saved and n not in free and v != saved[n]]
+    return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
+
+
+def find_checkpoint(args) -> tuple[Metadata, dict[str, Tensor]]:
+    """The unfinished run to resume, or NEW_RUN.  raises: UserError if it must not begin"""
+    out, checkpoint, m, tensors = args.out, args.checkpoint, NEW_RUN, {}
+    if os.path.lexists(checkpoint):  # even with --restart, which removes it
+        fix = "move it away, or choose another --out"
+        m, tensors = read_file(checkpoint, fix)
+        require("loss_sum" in tensors, f"{checkpoint}: is a model, not a checkpoint; {fix}")
+    if args.restart:
+        return NEW_RUN, {}
+    if out.exists():
+        done, _ = read_file(out)
+        diff = config_diff(args, done.config | done.training)
+        run = f"{text_names(done.data['names'])}, {done.step:,} steps{diff and f' ({diff})'}"
+        fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
+        fix += f". Resume {checkpoint}: move the model away" if m.step else ""
+        raise UserError(f"{out}: is already trained on {run}. {fix}")
+    if diff := config_diff(args, m.config | m.training, "max_steps"):
+        fix = "to resume, drop these options; to discard it, add --restart"
+        raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
+    return m, tensors
+
+
+def saved_names(metadata: Metadata) -> list[str]:
+    """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
+    for name in metadata.data["names"]:
+        is_remote = re.match(r"(?i)https?://|[\\/]{2}", name)  # \\PC\FILE is a network path
+        if is_remote or not (name in BUILT_IN or os.path.exists(name)):
+            raise UserError(f"its text {text_names([name])} is not here; name it with --data")
+    return metadata.data["names"]
+
+
+def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
+    """Weights of `model` for another vocabulary: new characters get the mean embedding."""
+    rows = torch.from_numpy(model.tokenizer.encode(characters).astype("i8"))  # (V,), 0 if new
+    wte = model.network.wte.weight.detach()
+    embeddings = wte[rows]  # (V, C)
+    embeddings[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
+    return model.network.state_dict() | {"wte.weight": embeddings}
+
+
+def prepare_run(args, device, dtype, ctx) -> Trainer:
+    """Trainer of a new run, or of the unfinished one.  raises: UserError
+
+    A setting comes from the options, else from the unfinished run, else from the model of --init.
+    """
+    m, tensors = find_checkpoint(args)
+    if args.dtype == "auto" and m.step:  # the number format of the run
+        _, dtype = select_device(device.type, str(m.training.get("dtype")))
+    cfg = TrainConfig.pick(m.training | vars(args))
+    if m.step >= cfg.max_steps:
+        raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
+    init = load(cfg.init) if cfg.init and not m.step else None
+    shape = init.metadata.config if init else m.config
+    if init and (diff := config_diff(args, shape, "dropout")):
+        raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
+    config = GPTConfig.pick(shape | vars(args))
+    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
+    if cfg.batch_size < ctx.world_size:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
+    corpus = load_corpus(args.data or saved_names(m), args.encoding)
+    data, needed = text_names(corpus.data["names"]), 10 * config.block_size + 10
+    n = np.count_nonzero(corpus.ids)  # without U+FFFD
+    fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
+    require(n >= needed, f"--data {data}: {n:,} characters, but {fix}")
+    if m.step and corpus.data["sha256"] != m.data["sha256"]:
+        raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
+    trainer = Trainer(config, cfg, corpus, device, dtype, ctx)
+    if init:
+        for network in (trainer.model, trainer.ema):
+            network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
+    if m.step:
+        with reading_model(args.checkpoint, "use --restart"):
+            trainer.load_state_dict(tensors, m)
+    return trainer
+
+
+def log_run(t: Trainer) -> None:
+    """Log text, network, device and schedule."""
+    cfg, config, m, n = t.cfg, t.model.config, t.metadata(), len(t.corpus.ids)
+    if n < 100_000:
+        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
+    log(
+        f"{text_names(m.data['names'])}: {n:,} characters, {len(m.characters) - 1} different; "
+        f"{config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
+        f"{m.training['dtype']}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
+        f"{cfg.batch_size:,} x {config.block_size:,} characters, {t.epochs:,.1f} epochs, dropout "
+        f"{config.dropout}; validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
+    )
+
+
+def cmd_train(args: argparse.Namespace) -> None:
+    out, (device, dtype) = args.out, select_device(args.device, args.dtype)
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"--out {out}: must be a file ending in .safetensors; choose another name")
+    args.checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.checkpoint.exists():
+        args.restart = False  # asked for once, not at each restart after a failure
+    with init_distributed(device) as ctx, ExitStack() as stack:
+        try:
+            if ctx.rank == 0:
+                lock = out.with_name(f".{out.name}.lock")
+                stack.enter_context(filelock.FileLock(lock, timeout=0))
+        except OSError as error:  # a Timeout is one; also where the folder is read-only
+            reason = error.strerror or "another process trains it, or no file can be made there"
+            fix = "wait, or choose another folder"
+            raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
+        t = ctx.together(lambda: prepare_run(args, device, dtype, ctx))
+        digest = torch.tensor(zlib.crc32(repr(t.metadata()).encode()))
+        are_equal = ctx.all_reduce(digest.clone()) == ctx.world_size * digest
+        require(are_equal, "torchrun: the ranks differ in options, text or checkpoint")
+        run_training(args, t)
+
+
+def run_training(args, t: Trainer) -> None:
+    """Train, and save the model; or save a checkpoint, if a signal asks for it."""
+    out, checkpoint, is_first = args.out, args.checkpoint, t.ctx.rank == 0
+    quiet = args.quiet or not is_first
+
+    def save_checkpoint(stop: bool) -> None:
+        if is_first:
+            try:
+                header = t.metadata().to_header("checkpoint")
+                save_tensors(checkpoint, t.state_dict(), header, rescue=stop)
+            except OSError as error:
+                if stop:
+                    raise
+                log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
+
+    board = None
+    if args.tensorboard and is_first:
+        writer = optional("torch.utils.tensorboard").SummaryWriter
+        board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
+    if t.step:
+        log(f"Resuming {checkpoint} at step {t.step:,}.")
+    elif is_first:
+        if out.exists():  # --restart
+            names = (out.with_stem(f"{out.stem}.old{i or ''}") for i in range(10**6))
+            old = out.rename(next(name for name in names if not name.exists()))
+            log(f"{out}: renamed to {old}")
+        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
+    if not quiet:
+        log_run(t)
+    with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
+    with stop_signals() as caught:
+        with closing(ProgressDisplay(t, quiet, board)) as display:
+            training_loop(t, display, save_checkpoint, lambda: bool(caught))
+        finished = t.step == t.cfg.max_steps
+        if finished and is_first:
+            if not quiet:
+                hint = " At the prompt, /help lists commands." * (args.command == "run")
+                log(f"{loss_chart(t.history)}\n{t.metadata()}.{hint}")
+            log("Training finished...")
+            save_tensors(out, t.best, t.metadata().to_header(), rescue=True)
+            checkpoint.unlink(missing_ok=True)
+            log(f"Model saved to {out}")
+    if not finished:
+        log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
+        log(f"The same command{' without --restart' * args.restart} resumes it.")
+    if caught or not finished:
+        raise SystemExit(128 + (caught or [signal.SIGINT])[0])
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 unescape = lambda text: text.replace("\\n", "\n")
+SIZES = {  # --size: 0.8 M, 10.8 M and 86 M parameters
+    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),
+    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
+    "large": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+}
 FILE = dict(type=Path, metavar="FILE")
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
 ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
@@ -1937,13 +2107,6 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
     ("export push", "--license", dict(default="unknown", metavar="ID", help="of the weights")),
     ("push", "--private", dict(action="store_true", help="visible only to you")),
 )  # fmt: skip
-SETTINGS = (  # commands, config, fields that are no options there
-    ("run train", GPTConfig, ()),
-    ("run train", TrainConfig, ()),
-    ("run", SampleConfig, ("seed",)),
-    ("chat generate", SampleConfig, ()),
-    ("explain", SampleConfig, ("seed", "max_new", "stop")),
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1952,7 +2115,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (see {self.prog} --help)\n")
 
-    def add_config(self, config: type, skip: Iterable[str]) -> None:
+    def add_config(self, config: type, skip: Iterable[str] = ()) -> None:
         """Add an option for each field of a config; an option that is not given stays absent."""
         group = self.add_argument_group(config.__doc__.split("\n")[0].rstrip("."))
         for setting in fields(config):
@@ -1961,10 +2124,10 @@ class Parser(argparse.ArgumentParser):
                 continue
             if setting.default not in (None, ()):
                 help += f" (default: {setting.default})"
-            how = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
-            how |= dict(metavar={int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind], help=help)
+            kwargs = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
+            kwargs["metavar"] = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
             flags = [f"--{name.replace('_', '-')}"] + ["-n"] * (name == "max_new")
-            group.add_argument(*flags, default=argparse.SUPPRESS, **how)
+            group.add_argument(*flags, default=argparse.SUPPRESS, help=help, **kwargs)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -1978,12 +2141,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
     parser.set_defaults(command=command, size=None, folder=None)
     parser.add_argument("--version", action="version", version=f"Anexa {__version__}")
-    for names, options, how in ARGUMENTS:
+    for names, options, kwargs in ARGUMENTS:
         if command in names.split():
-            parser.add_argument(*options.split(), **how)
-    for names, config, skip in SETTINGS:
-        if command in names.split():
-            parser.add_config(config, skip)
+            parser.add_argument(*options.split(), **kwargs)
+    if command in ("run", "train"):
+        parser.add_config(GPTConfig)
+        parser.add_config(TrainConfig)
+    if command in ("run", "chat", "generate", "explain"):
+        skip = dict(run=["seed"], explain=["seed", "max_new", "stop"])
+        parser.add_config(SampleConfig, skip.get(command, ()))
     args = parser.parse_intermixed_args(argv)
     vars(args).update(SIZES.get(args.size, {}) | vars(args))  # --size stands for four options
     for file in args.files:
@@ -2001,13 +2167,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
             parser.error(f"unexpected argument {file!r}. {fix}")
     return args
-
-
-def from_args(config: type[Config], args: argparse.Namespace, saved: dict | None = None) -> Config:
-    """A config from the options that were given, else from `saved`, else from its defaults."""
-    settings = (saved or {}) | vars(args)
-    settings = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
-    return config(**{n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()})
 
 
 def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -2038,208 +2197,8 @@ def load_from_args(args: argparse.Namespace, one_text: bool = True) -> Model:
     return model
 
 
-# A run is known by its --out. Where that file exists, the run is finished: nothing trains over it.
-# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
-# new. With --restart it is new in any case: the model gets another name, the checkpoint goes.
-
-NEW_RUN = Metadata(config={}, data=dict(names=[]), training={}, history=[])  # step 0
-
-
-def config_diff(args: argparse.Namespace, saved: dict, *may_change: str) -> str:
-    """Options that ask for something else than the settings `saved`; "" if none."""
-    wanted, free = vars(args), ("device", "dtype", "grad_accum", "checkpoint_interval", *may_change)
-    names = [n for n, v in wanted.items() if n in saved and n not in free and v != saved[n]]
-    return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
-
-
-def find_checkpoint(args) -> tuple[Metadata, dict[str, Tensor]]:
-    """The unfinished run to resume, or NEW_RUN.  raises: UserError if it must not begin"""
-    out, checkpoint, m, tensors = args.out, args.checkpoint, NEW_RUN, {}
-    if os.path.lexists(checkpoint):  # even with --restart, which removes it
-        fix = "move it away, or choose another --out"
-        m, tensors = read_file(checkpoint, fix)
-        if "loss_sum" not in tensors:
-            raise UserError(f"{checkpoint}: is a model, not a checkpoint; {fix}")
-    if args.restart:
-        return NEW_RUN, {}
-    if out.exists():
-        done, _ = read_file(out)
-        diff = config_diff(args, done.config | done.training)
-        run = f"{text_names(done.data['names'])}, {done.step:,} steps{diff and f' ({diff})'}"
-        fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
-        fix += f". Resume {checkpoint}: move the model away" if m.step else ""
-        raise UserError(f"{out}: is already trained on {run}. {fix}")
-    if diff := config_diff(args, m.config | m.training, "max_steps"):
-        fix = "to resume, drop these options; to discard it, add --restart"
-        raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
-    return m, tensors
-
-
-def saved_names(metadata: Metadata) -> list[str]:
-    """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
-    for name in metadata.data["names"]:
-        is_remote = re.match(r"(?i)https?://|[\\/]{2}", name)  # \\PC\FILE is a network path
-        if is_remote or not (name in BUILT_IN or os.path.exists(name)):
-            raise UserError(f"its text {text_names([name])} is not here; name it with --data")
-    return metadata.data["names"]
-
-
-def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
-    """Weights of `model` for another vocabulary: new characters get the mean embedding."""
-    rows = torch.from_numpy(model.tokenizer.encode(characters).astype("i8"))  # (V,), 0 if new
-    wte = model.network.wte.weight.detach()
-    embeddings = wte[rows]  # (V, C)
-    embeddings[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
-    return model.network.state_dict() | {"wte.weight": embeddings}
-
-
-def prepare_run(args, device, dtype, ctx) -> tuple[Trainer, Corpus]:
-    """Trainer and text of a new run, or of the unfinished one.  raises: UserError
-
-    A setting comes from the options, else from the unfinished run, else from the model of --init.
-    """
-    m, tensors = find_checkpoint(args)
-    if args.dtype == "auto" and m.step:  # the number format of the run
-        _, dtype = select_device(device.type, str(m.training.get("dtype")))
-    cfg = from_args(TrainConfig, args, m.training)
-    if m.step >= cfg.max_steps:
-        raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
-    init = load(cfg.init) if cfg.init and not m.step else None
-    shape = init.metadata.config if init else m.config
-    if init and (diff := config_diff(args, shape, "dropout")):
-        raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
-    config = from_args(GPTConfig, args, shape)
-    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
-    if cfg.batch_size < ctx.world_size:
-        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
-    corpus = load_corpus(args.data or saved_names(m), args.encoding)
-    data, n, needed = text_names(corpus.data["names"]), len(corpus.ids), 10 * config.block_size + 10
-    if n < needed:
-        fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
-        raise UserError(f"--data {data}: {n:,} characters, but {fix}")
-    if not all(part.any() for part in split_ids(corpus.ids)):
-        fix = "save it again, or give its real --encoding"
-        raise UserError(f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
-    if m.step and corpus.data["sha256"] != m.data["sha256"]:
-        raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
-    epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(split_ids(corpus.ids)[0])
-    if config.dropout is None:  # the more often a text is repeated, the sooner it is memorised
-        config = replace(config, dropout=0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2)
-    config = replace(config, vocab_size=len(corpus.tokenizer))
-    trainer = Trainer(config, cfg, device, dtype, ctx)
-    if init:
-        for network in (trainer.model, trainer.ema):
-            network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
-    if m.step:
-        with reading_model(args.checkpoint, "use --restart"):
-            trainer.load_state_dict(tensors, m)
-    return trainer, corpus
-
-
-def log_run(t: Trainer, corpus: Corpus) -> None:
-    """Log text, network, device and schedule."""
-    cfg, n, T = t.cfg, len(corpus.ids), t.model.config.block_size
-    train_ids, val_ids = split_ids(corpus.ids)
-    n_val = min(len(val_ids), validation_size(cfg, T))
-    epochs = cfg.max_steps * cfg.batch_size * T / len(train_ids)
-    if n < 100_000:
-        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
-    log(
-        f"{text_names(corpus.data['names'])}: {n:,} characters, {len(corpus.tokenizer) - 1} "
-        f"different; {t.model.config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
-        f"{str(t.dtype).split('.')[1]}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
-        f"{cfg.batch_size:,} x {T:,} characters, {epochs:,.1f} epochs, dropout "
-        f"{t.model.config.dropout}; validation on {n_val:,} of {len(val_ids):,} characters"
-    )
-
-
-def cmd_train(args: argparse.Namespace) -> None:
-    out, (device, dtype) = args.out, select_device(args.device, args.dtype)
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise UserError(f"--out {out}: must be a file ending in .safetensors; choose another name")
-    args.checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.checkpoint.exists():
-        args.restart = False  # asked for once, not at each restart after a failure
-    with init_distributed(device) as ctx, ExitStack() as stack:
-        try:
-            if ctx.rank == 0:
-                lock = out.with_name(f".{out.name}.lock")
-                stack.enter_context(filelock.FileLock(lock, timeout=0))
-                if os.name == "posix":  # Windows removes no open file
-                    stack.callback(lock.unlink, missing_ok=True)
-        except OSError as error:  # a Timeout is one; also where the folder is read-only
-            reason = error.strerror or "another process trains it, or no file can be made there"
-            fix = "wait, or choose another folder"
-            raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
-        t, corpus = ctx.together(lambda: prepare_run(args, device, dtype, ctx))
-        settings = repr((t.model.config, t.cfg, t.step, t.dtype, corpus.data["sha256"]))
-        digest = torch.tensor(zlib.crc32(settings.encode()))
-        if ctx.all_reduce(digest.clone()) != ctx.world_size * digest:
-            raise UserError("torchrun: the ranks differ in options, text or checkpoint")
-        run_training(args, t, corpus)
-
-
-def run_training(args, t: Trainer, corpus: Corpus) -> None:
-    """Train, and save the model; or save a checkpoint, if a signal asks for it."""
-    out, checkpoint, is_first = args.out, args.checkpoint, t.ctx.rank == 0
-    quiet = args.quiet or not is_first
-
-    def metadata() -> Metadata:
-        config, vocab = asdict(t.model.config), corpus.tokenizer.characters
-        training = asdict(t.cfg) | dict(device=t.device.type, dtype=str(t.dtype).split(".")[1])
-        loss = t.best_loss if t.best else None
-        return Metadata(config, vocab, corpus.data, training, t.step, loss, t.history)
-
-    def save_checkpoint(tensors: dict[str, Tensor], stop: bool) -> None:
-        if is_first:
-            try:
-                header = metadata().to_header("checkpoint")
-                save_tensors(checkpoint, tensors, header, rescue=stop)
-            except OSError as error:
-                if stop:
-                    raise
-                log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
-
-    board = None
-    if args.tensorboard and is_first:
-        writer = optional("torch.utils.tensorboard").SummaryWriter
-        board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
-    if t.step:
-        log(f"Resuming {checkpoint} at step {t.step:,}.")
-    elif is_first:
-        if out.exists():  # --restart
-            names = (out.with_stem(f"{out.stem}.old{i or ''}") for i in range(10**6))
-            old = out.rename(next(name for name in names if not name.exists()))
-            log(f"{out}: renamed to {old}")
-        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
-    if not quiet:
-        log_run(t, corpus)
-    with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
-    sample = lambda: Model(t.ema, corpus.tokenizer, metadata()).generate("\n", max_new=60, seed=0)
-    with stop_signals() as caught:
-        with closing(ProgressDisplay(t, sample, quiet, board)) as display:
-            training_loop(t, corpus.ids, display, save_checkpoint, lambda: bool(caught))
-        finished = t.step == t.cfg.max_steps
-        if finished and is_first:
-            if not quiet:
-                hint = " At the prompt, /help lists commands." * (args.command == "run")
-                log(f"{loss_chart(t.history)}\n{metadata()}.{hint}")
-            log("Training finished...")
-            save_tensors(out, t.best, metadata().to_header(), rescue=True)
-            checkpoint.unlink(missing_ok=True)
-            log(f"Model saved to {out}")
-    if not finished:
-        log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
-        log(f"The same command{' without --restart' * args.restart} resumes it.")
-    if caught or not finished:
-        raise SystemExit(128 + (caught or [signal.SIGINT])[0])
-
-
 def cmd_run(args: argparse.Namespace) -> None:
-    sampling = replace(from_args(SampleConfig, args), seed=None)  # --seed is that of the training
+    sampling = replace(SampleConfig.pick(vars(args)), seed=None)  # --seed is that of the training
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     args.model = args.out
@@ -2253,15 +2212,14 @@ def cmd_run(args: argparse.Namespace) -> None:
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
-    sampling, model = from_args(SampleConfig, args), load_from_args(args)
+    sampling, model = SampleConfig.pick(vars(args)), load_from_args(args)
     log(f"{args.model}: {model.metadata}. /help lists the commands.")
     chat_loop(model, sampling)
 
 
 def cmd_generate(args: argparse.Namespace) -> None:
-    cfg, n = from_args(SampleConfig, args), args.samples
-    if not 1 <= n <= 10_000:
-        raise UserError(f"--samples {n:,}: must be from 1 to 10,000")
+    cfg, n = SampleConfig.pick(vars(args)), args.samples
+    require(1 <= n <= 10_000, f"--samples {n:,}: must be from 1 to 10,000")
     model = load_from_args(args, one_text=n == 1)
     prompt = normalized(model, args.prompt)
     if n == 1:
@@ -2276,10 +2234,10 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    chat = Chat(load_from_args(args), from_args(SampleConfig, args))
+    chat = Chat(load_from_args(args), SampleConfig.pick(vars(args)))
     chat.prompt, chat.console = args.prompt, PlainConsole(stderr=False)
-    if not chat.model.tokenizer.normalize_prompt(args.prompt)[0]:
-        raise UserError(f"{args.prompt!r}: no character that the model knows; give another text")
+    known, _ = chat.model.tokenizer.normalize_prompt(args.prompt)
+    require(known, f"{args.prompt!r}: no character that the model knows; give another text")
     layer = args.layer or chat.model.network.config.n_layer
     arguments = dict(why=args.prompt, attn=f"{layer} {args.head}")
     with chat.console.capture() as views:  # so that an error comes before all of them
@@ -2297,16 +2255,13 @@ def cmd_eval(args: argparse.Namespace) -> None:
     if corpus.data["sha256"] == model.metadata.data["sha256"]:
         part, ids = "validation part", split_ids(ids)[1]
     ids = model.tokenizer.encode(corpus.tokenizer.characters)[ids]  # the model's ids
-    n_known = np.count_nonzero(ids)
-    if n_known < 2:
-        raise UserError(f"--data {name}: no characters that the model knows; take another text")
-    log(f"Evaluating on {len(ids):,} characters ...")
+    log(f"Evaluating on {name}, {part}: {len(ids):,} characters ...")
     loss, n = evaluate(model.network, ids, dtype)
     losses = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char"
     perplexity = math.exp(min(loss, 700))
     print(f"{name}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
-    if n_known < len(ids):
-        log(f"(left out, since the model does not know them: {len(ids) - n_known:,})")
+    if n_unknown := np.count_nonzero(ids == 0):
+        log(f"(left out, since the model does not know them: {n_unknown:,})")
 
 
 def cmd_info(args: argparse.Namespace) -> None:
@@ -2329,8 +2284,8 @@ def cmd_info(args: argparse.Namespace) -> None:
 
 def cmd_export(args: argparse.Namespace) -> None:
     folder, path = args.folder, args.gguf
-    if not (folder or path) or (args.f16 and not path):
-        raise UserError("export: give a folder for transformers, --gguf FILE, or both")
+    is_complete = path or (folder and not args.f16)
+    require(is_complete, "give a folder for transformers, --gguf FILE, or both")
     for p in filter(None, (folder, path)):
         if not args.force and (any(p.iterdir()) if p.is_dir() else p.exists()):
             raise UserError(f"{p}: exists; choose another name, or add --force")

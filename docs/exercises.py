@@ -37,10 +37,11 @@ def train(text: str = TEXT, steps: int = 300) -> Trainer:
     """A trained network; `history` has rows [step, training loss, validation loss]."""
     settings = dict(batch_size=8, seed=1, eval_interval=steps // 10, checkpoint_interval=1e9)
     cfg = TrainConfig(max_steps=steps, **settings)
-    trainer = Trainer(CONFIG, cfg, torch.device("cpu"), torch.float32)
+    data = corpus._replace(tokenizer=TOKENIZER, ids=TOKENIZER.encode(text))
     display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
     with patch.object(anexagpt, "validation_size", lambda *_: 4_000):
-        anexagpt.training_loop(trainer, TOKENIZER.encode(text), display, None, lambda: False)
+        trainer = Trainer(CONFIG, cfg, data, torch.device("cpu"), torch.float32)
+    anexagpt.training_loop(trainer, display, None, lambda: False)
     return trainer
 
 

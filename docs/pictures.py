@@ -59,16 +59,16 @@ class AdamWForMatrices:
 
 def curves(corpus) -> dict:
     """Validation losses with Muon for the matrices of the blocks, and with AdamW for all."""
-    config = anexagpt.GPTConfig(vocab_size=len(corpus.tokenizer), block_size=64, dropout=0.0)
+    config = anexagpt.GPTConfig(block_size=64, dropout=0.0)
     settings = dict(max_steps=1_000, batch_size=12, eval_interval=100, checkpoint_interval=1e9)
     cfg, runs = anexagpt.TrainConfig(**settings, seed=1), {}
     device, dtype = anexagpt.select_device("cpu")
     display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
     for rate in (None, 2e-3, 4e-3, 8e-3):
-        trainer, name = anexagpt.Trainer(config, cfg, device, dtype), "Muon"
+        trainer, name = anexagpt.Trainer(config, cfg, corpus, device, dtype), "Muon"
         if rate:
             trainer.muon, name = AdamWForMatrices(trainer, rate), f"AdamW at {rate:g}"
-        anexagpt.training_loop(trainer, corpus.ids, display, None, lambda: False)
+        anexagpt.training_loop(trainer, display, None, lambda: False)
         runs[name] = [[step, round(loss, 4)] for step, _, loss in trainer.history]
         print(f"{name:<14} {runs[name][-1][1]:.4f}", flush=True)
     return runs

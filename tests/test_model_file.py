@@ -133,7 +133,7 @@ HOSTILE = {  # entry of the header: what it says instead
     + [DATA | dict(characters=n) for n in ("5", None, [], float("inf"), 10**400)],
     "training": ["null", [], '"x"', dict(init=5), DEEP, None],
     "step": ["null", '"5"', "1.5", "1e999", "NaN", "9" * 400, "9" * 5000, "-5", DEEP, None],
-    "validation_loss": ['"5"', "NaN", "1e999", "9" * 400, "[]", "{}", '""', "false", "null", None],
+    "validation_loss": ['"5"', "NaN", "1e999", "9" * 400, "[]", "{}", '""', "false", None],
     "history": ["null", {}, [1], [[1, 2]], '[["a", 2, 3]]', "[[1, null, 3]]", "[[1, NaN, 3]]", DEEP,
                 [[5, 2, 3], [5, 2, 3]], [[5, 2, 3], [2, 2, 3]], [[-5, 2, 3]], [[0.5, 2, 3]], None],
 }  # fmt: skip

@@ -115,7 +115,7 @@ NOT_TEXT = [
     (b"a" * 99 + b"\xe4\xb8", "utf-8", "--encoding"),  # ends within a character
     (b"\\ud800 " * 99, "unicode_escape", "--encoding"),
     (b"abc" * 99, "utf-99", "--encoding utf-99"),
-    ("\ufffd".encode() * 999, "utf-8", "U+FFFD"),
+    ("\ufffd".encode() * 999, "utf-8", "0 characters"),
     (b"a" * 900 + "\ufffd".encode() * 100, "utf-8", "U+FFFD"),  # the last tenth
     (b"", "utf-8", "0 characters"),
 ]

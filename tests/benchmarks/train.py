@@ -64,25 +64,26 @@ class Clock(list):
         pass
 
 
-def anexa(ids, vocab_size: int, block: int, batch: int, steps: int, **settings):
+def anexa(corpus, block: int, batch: int, steps: int, **settings):
     """Median milliseconds per step without evaluation, seconds with it, best validation loss."""
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    config = anexagpt.GPTConfig(vocab_size=vocab_size, block_size=block, dropout=0.0, **SHAPE)
+    config = anexagpt.GPTConfig(block_size=block, dropout=0.0, **SHAPE)
     cfg = anexagpt.TrainConfig(batch_size=batch, max_steps=steps, eval_interval=steps, **settings)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    trainer = anexagpt.Trainer(config, cfg, torch.device("cpu"), dtype)
+    trainer = anexagpt.Trainer(config, cfg, corpus, torch.device("cpu"), dtype)
     clock = Clock([time.perf_counter()])
-    anexagpt.training_loop(trainer, ids, clock, lambda *_: None, lambda: False)
+    anexagpt.training_loop(trainer, clock, lambda stop: None, lambda: False)
     seconds = time.perf_counter() - clock[0]
     return 1e3 * statistics.median(np.diff(clock)[steps // 5 :]), seconds, trainer.best_loss
 
 
-def transformers(ids, vocab_size: int, block: int, batch: int, steps: int) -> float:
+def transformers(corpus, block: int, batch: int, steps: int) -> float:
     """Median milliseconds per step of the loop that one writes with transformers and AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     rates = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    config = GPT2Config(vocab_size=vocab_size, n_positions=block, **SHAPE, **rates)
+    ids, n = corpus.ids, len(corpus.tokenizer)
+    config = GPT2Config(vocab_size=n, n_positions=block, **SHAPE, **rates)
     model, times = GPT2LMHeadModel(config), [time.perf_counter()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
@@ -104,17 +105,15 @@ def main() -> None:
     parser.add_argument("--our-steps", type=int, default=425, help="steps to the same loss")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    text = args.text.read_text("utf-8")
-    characters = "\ufffd" + "".join(sorted(set(text)))
-    data = anexagpt.Tokenizer(characters).encode(text), len(characters)
+    corpus = anexagpt.load_corpus([str(args.text)])
     figures: dict = dict(torch=torch.__version__, threads=torch.get_num_threads())
     if args.nanogpt:
-        prepare_nanogpt(args.nanogpt, text)
+        prepare_nanogpt(args.nanogpt, args.text.read_text("utf-8"))
     for block, batch in ((64, 12), (256, 12)):
         shape, rounds = (block, batch, args.steps), []
         for _ in range(args.rounds):
             peer = nanogpt(args.nanogpt, *shape)[0] if args.nanogpt else float("nan")
-            rounds.append((anexa(*data, *shape)[0], peer, transformers(*data, *shape)))
+            rounds.append((anexa(corpus, *shape)[0], peer, transformers(corpus, *shape)))
         print(f"\n{batch} x {block} characters a step, {args.rounds} rounds, medians")
         for i, name in enumerate(("Anexa", "nanoGPT", "transformers")):
             ms = statistics.median(row[i] for row in rounds)
@@ -125,7 +124,7 @@ def main() -> None:
             figures[f"{name} {batch}x{block}"] = dict(ms=ms, ratio=ratio)
     # A short run bears higher rates than the 5,000 steps that the defaults are for.
     rates = dict(muon_learning_rate=0.06, learning_rate=0.06, warmup_steps=60)
-    _, seconds, loss = anexa(*data, 64, 12, args.our_steps, **rates)
+    _, seconds, loss = anexa(corpus, 64, 12, args.our_steps, **rates)
     print(f"\n{args.our_steps} steps of 12 x 64: loss {loss:.4f} after {seconds:.1f} s")
     figures["to target"] = dict(anexa=seconds, loss=loss)
     if args.nanogpt:
