@@ -175,6 +175,12 @@ def test_every_sampling_option(model, cli):
     assert len(texts) == 1 + len(changed)
 
 
+def test_run_answers_afresh(model, cli):
+    """Catches a seed of the training that is also that of each answer."""
+    out = cli("--seed", 1337, "--max-new", 40, stdin="the\nthe\n").out
+    assert len(out) == 88 and out[:44] != out[44:]
+
+
 def test_samples(model, cli):
     """Catches texts that are equal or run into one another, a batch that changes them, and a first
     text that is not the one of the same seed without -k."""
@@ -269,6 +275,7 @@ def test_commands_open_a_checkpoint(cli):
     ("train --init prose.txt", ["prose.txt", "not a complete model"]),
     ("train --init model.safetensors --n-layer 2", ["--n-layer 1", "2"]),
     ("train prose.txt", ["model.safetensors", "already trained", "--out FILE", "--restart"]),
+    ("run --data prose.txt", ["model.safetensors", "already trained", "--out FILE"]),
     ("run --n-layer 2", ["model.safetensors", "--n-layer 1, not 2", "--out FILE", "--restart"]),
     ("run --top-p 1.5", ["--top-p 1.5"]),
     ("nonsense", ["nonsense", "generate"]),

@@ -132,6 +132,8 @@ def test_greedy_text(ours, theirs):
     for prompt, row in zip(PROMPTS, rows, strict=True):
         text = theirs[1].decode(row, skip_special_tokens=True)
         assert text == prompt + ours.generate(prompt, max_new=new, **greedy)
+    wild = theirs[0].generate(**batch, do_sample=True, temperature=99.0, num_return_sequences=9)
+    assert wild[:, -new:].all()  # id 0 is never drawn
 
 
 # ---- the folder ----

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Result, header, prose
+from conftest import TINY, Result, header, interrupt_at, prose
 from safetensors.torch import save_file
 
 import anexagpt
@@ -216,8 +216,8 @@ def test_progress_off_a_terminal(cli, tmp_path):
     without a comma, escape sequences in a log, and a chart that is too wide or not of the run."""
     Path("prose.txt").write_text(prose(3_000), encoding="utf-8")
     text = Path("prose.txt").read_text(encoding="utf-8")
-    steps = ["--max-steps", 300, "--eval-interval", 100]
-    result = cli("train", "prose.txt", *TINY, *steps)
+    limits = ["--max-steps", 300, "--eval-interval", 100]
+    result = cli("train", "prose.txt", *TINY, *limits)
     assert result.status == 0 and result.out == "" and not {"\x1b", "\r"} & set(result.err)
     assert f"{len(text):,} characters" in result.err
     assert not re.search(r"(?<![\d.,])\d{4}", result.err), "a comma is missing"
@@ -235,6 +235,12 @@ def test_progress_off_a_terminal(cli, tmp_path):
         for loss in losses:  # an x may cover an o
             at = [v for v, row in rows.items() if row[column : column + 1] in ("o", "x")]
             assert min(abs(v - loss) for v in at) < half, (step, loss)
+    command = ["train", "prose.txt", *TINY, *limits, "--out", "b.safetensors"]
+    with interrupt_at(290):
+        assert cli(*command).status == 130
+    speeds = re.findall(r"([\d,]+) char/s", result.err + cli(*command).err)
+    first, *_, resumed = (int(speed.replace(",", "")) for speed in speeds)
+    assert resumed < 3 * first  # of 10 steps, not of 300 in the same time
     quiet = cli("train", "prose.txt", *TINY, "--max-steps", 2, "--restart", "--quiet").err
     assert "/2 " not in quiet and "epochs" not in quiet
     assert quiet.endswith("Training finished...\nModel saved to model.safetensors\n")

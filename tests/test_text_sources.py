@@ -141,6 +141,7 @@ def test_several_texts(cli, read):
     Path("sub.txt/folder.md").mkdir(parents=True)
     for name, text in {"a + b.txt": "one", "e + f.txt": "", "c d.txt": "two" * 20}.items():
         Path(name).write_text(text)
+    Path("sub.txt", ".hidden.txt").write_text("no")
     for name, text in {"b.md": "B" * 20, "a.txt": "a\r\n", "C.txt": "C", "d.csv": "no"}.items():
         Path("sub.txt", name).write_text(text, newline="")
     listed = ["a + b.txt", "e + f.txt", "c d.txt", "sub.txt", "-"]
@@ -276,7 +277,8 @@ def test_no_answer(cli, server, monkeypatch):
 
 
 def test_urls(read, cli, server, dead):
-    """Catches two addresses that share a copy, and a copy whose name leaves its folder."""
+    """Catches two addresses that share a copy, a copy whose name leaves its folder, and passwords
+    on the screen."""
     pages = ["/a/t.txt", "/b/t.txt", "/t.txt?x=../../y", "/..%2F..%2Fetc", "/" + "n" * 300]
     for i, page in enumerate(pages):
         url = server.page(page, Answer(b"text %d\r\n" % i * 9))
@@ -285,8 +287,10 @@ def test_urls(read, cli, server, dead):
     copies = {name for name in names() if not name.startswith("model.")}
     assert len(copies) == len(server.asked) == 5
     assert all(re.fullmatch(r"data.[\w.-]+", name) for name in copies)
-    for url in (dead + "/x", "http://[", "http://\udcff/", "http://a b/"):
-        assert "--data" in failed(cli("train", *SMALL, "--data", url))
+    private = dead.replace("//", "//me:secret@") + "/x?secret"
+    for url in (private, "http://[", "http://\udcff/", "http://a b/"):
+        result = cli("train", *SMALL, "--data", url)
+        assert "--data" in failed(result) and "secret" not in result.err
 
 
 def test_two_writers(cli, server, monkeypatch):

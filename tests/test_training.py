@@ -11,7 +11,7 @@ from conftest import TINY, header, interrupt_at, prose
 from safetensors.torch import load_file
 from test_model import by_the_formula
 
-from anexagpt import GPT, GPTConfig, TrainConfig, evaluate, load, lr_scale, newton_schulz
+from anexagpt import GPT, GPTConfig, TrainConfig, evaluate, load, lr_scale, newton_schulz, split_ids
 
 OPTIONS = [*TINY, "--dropout", 0]
 
@@ -197,6 +197,8 @@ def test_validation_is_capped(cli, tmp_path):
     assert model.metadata.validation_loss == pytest.approx(expected, abs=1e-6)
     result = cli("eval")  # the command is for the exact figure
     assert f"over {len(content) - n - 1:,} characters" in result.out
+    parts = split_ids(np.zeros(20_000_000, np.uint8))
+    assert [len(part) for part in parts] == [19_000_000, 1_000_000]
 
 
 # ---- what a run does -----------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def test_it_learns(cli, tmp_path, dtype):
     assert load("model.safetensors").generate("cde", temperature=0, max_new=8) == "fghijkab"
 
 
-@pytest.mark.parametrize("steps, rate", [(1, 0.0), (100, 0.0), (800, 0.1), (2_000, 0.2)])
+@pytest.mark.parametrize("steps, rate", [(1, 0.0), (442, 0.0), (443, 0.1), (1_415, 0.2)])
 def test_default_dropout(cli, text, steps, rate):
     """Catches a text repeated many times without dropout, and a run of one step that fails."""
     with interrupt_at(2):
@@ -302,15 +304,17 @@ def test_init_on_another_vocabulary(cli, tiny, tmp_path):
         torch.testing.assert_close(row, rows[i] if i >= 0 else rows[1:].mean(0))
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_diverged(cli, tiny, early):
-    """Catches a run that ends above the loss of knowing nothing, and is called finished.
+@pytest.mark.parametrize("rate, early", [(10, False), (10, True), (0, False)])
+def test_diverged(cli, tiny, rate, early):
+    """Catches a run that ends above the loss of knowing nothing, or at rate 0 with weights that no
+    other command would load, and is called finished.
 
     What was good before is in the last checkpoint.
     """
-    options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", 10, "--max-steps", 30]
+    options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", rate]
+    options += ["--weight-decay", 10, "--max-steps", 30 if rate else 4]
     if early:  # evaluated at rates that still rise, then until the weights overflow
-        options[-1:] = [2_000, "--warmup-steps", 200, "--eval-interval", 1, "--weight-decay", 10]
+        options[-1:] = [2_000, "--warmup-steps", 200, "--eval-interval", 1]
         options += ["--checkpoint-interval", 0]
     result = cli("train", tiny.parent / "prose.txt", *options, "--quiet")
     last = result.err.splitlines()[-1]
