@@ -1012,7 +1012,7 @@ def reading_model(path: Path, fix: str = "fetch it again") -> Iterator[None]:
         yield
     except FileNotFoundError:
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
-        fix = f"train it, or finish its training, with: python anexagpt.py train --out {out}"
+        fix = f"check the name, or train it with: python anexagpt.py train --out {out}"
         unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
         fix += f", or use its checkpoint, {unfinished}" if unfinished.is_file() else ""
         raise UserError(f"{path}: no such file; {fix}") from None

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import TINY, Result, header, interrupt_at, prose
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import anexagpt
 
@@ -178,11 +179,13 @@ def test_closed_streams(tiny, tmp_path, monkeypatch, command):
 
 
 def test_a_stream_without_the_characters(tiny, tmp_path, monkeypatch):
-    """Catches a UnicodeEncodeError on a terminal that has ASCII only."""
+    """Catches a UnicodeEncodeError on a terminal that has ASCII only, and a pipe of other bytes
+    than UTF-8."""
     monkeypatch.chdir(tmp_path)
     random_model(tiny, "model.safetensors", "abc\n \u03b1\u4f60")
     child = Terminal("generate", "\u03b1", "-n", 50, PYTHONIOENCODING="ascii")
     assert child.end() == 0 and child.before.startswith("\\u03b1") and child.before.isascii()
+    assert in_fork("generate", "\u03b1", PYTHONIOENCODING="ascii").out.startswith("\u03b1")
 
 
 # ---- progress ----
@@ -232,8 +235,8 @@ def test_progress_off_a_terminal(cli, tmp_path):
     half = (values[0] - values[1]) / 2 + 0.0011
     for step, *losses in metadata.history:
         column = round(step / 300 * (width - 1))
-        for loss in losses:  # an x may cover an o
-            at = [v for v, row in rows.items() if row[column : column + 1] in ("o", "x")]
+        for loss, marks in zip(losses, ("ox", "x"), strict=True):  # an x may cover an o
+            at = [v for v, row in rows.items() if row[column : column + 1] in (*marks,)]
             assert min(abs(v - loss) for v in at) < half, (step, loss)
     command = ["train", "prose.txt", *TINY, *limits, "--out", "b.safetensors"]
     with interrupt_at(290):
@@ -244,6 +247,21 @@ def test_progress_off_a_terminal(cli, tmp_path):
     quiet = cli("train", "prose.txt", *TINY, "--max-steps", 2, "--restart", "--quiet").err
     assert "/2 " not in quiet and "epochs" not in quiet
     assert quiet.endswith("Training finished...\nModel saved to model.safetensors\n")
+
+
+def test_tensorboard(cli):
+    """Catches figures that are not those of the run, and points that a resumed run loses."""
+    Path("prose.txt").write_text(prose(700))
+    command = ["train", "prose.txt", *TINY, "--max-steps", 60, "--eval-interval", 20]
+    command += ["--tensorboard", "runs"]
+    with interrupt_at(40):
+        assert cli(*command).status == 130
+    assert cli(*command).status == 0
+    events, history = EventAccumulator("runs"), anexagpt.load("model.safetensors").metadata.history
+    events.Reload()
+    for i, name in enumerate(("training_loss", "validation_loss"), 1):
+        points = [(point.step, pytest.approx(point.value)) for point in events.Scalars(name)]
+        assert points == [(row[0], row[i]) for row in history] and len(points) == 4
 
 
 def test_one_is_singular(tiny, cli):

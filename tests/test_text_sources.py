@@ -88,7 +88,8 @@ def test_gutenberg_license(read, the, space):
     """Catches markers in the spelling of another decade, and a license that is learnt by heart."""
     marker = f"***{space}%s OF {the} PROJECT GUTENBERG EBOOK A\nB ***\n"
     book = "It was a dark and stormy night; the rain fell.\n\nThe end."
-    last = "\r\n\r\nEnd of Project Gutenberg's A B\r\n" * (the == "THIS")
+    article = "the " * len(space)
+    last = f"\r\n\r\nEnd of {article}Project Gutenberg's A B\r\n" * (the == "THIS")
     text = "License\n" + marker % "START" + f"\n\n{book}\n\n{last}\n" + marker % "END" + "More\n"
     Path("x.txt").write_text(text, newline="")
     assert read("--data", "x.txt")["sha256"] == digest(book + "\n")

@@ -192,6 +192,8 @@ def test_validation_is_capped(cli, tmp_path):
     result = cli("train", "t.txt", *OPTIONS, "--max-steps", 1, "--eval-interval", 1_000)
     words = f"validation on 21,333 of {len(content) - n:,} characters"  # 1000 x 4 x 16 / 3
     assert result.status == 0 and words in result.err
+    short = cli("train", "t.txt", *OPTIONS, "--max-steps", 1, "--out", "short.safetensors")
+    assert "validation on 20,000 of" in short.err  # at least
     model = load("model.safetensors")
     expected, _ = evaluate(model.network, model.tokenizer.encode(content[n:])[:21_333])
     assert model.metadata.validation_loss == pytest.approx(expected, abs=1e-6)
@@ -336,3 +338,5 @@ def test_overfitting_is_noticed(cli, tmp_path):
     assert result.status == 0 and result.err.count("overfit") == 1
     losses = [row[2] for row in saved["history"]]
     assert round(saved["validation_loss"], 6) == min(losses) < losses[-1] - 0.1
+    n = result.err.partition("NOTE: overfit")[0].count(" left | ")
+    assert losses.index(min(losses)) <= n - 6  # five later evaluations were worse
