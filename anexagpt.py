@@ -1113,7 +1113,7 @@ def download(name: str) -> Path:
             reasons.append(f"{host}: the connection failed ({type(error).__name__})")
         except (UserError, ValueError) as error:
             reasons.append(f"{host}: {error}")
-    name, fix = re.sub(r"//[^/]*@|[?#].*", "", name), "try again, or give a text file"
+    name, fix = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name), "try again, or give a text file"
     raise UserError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
 
 

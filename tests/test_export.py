@@ -29,7 +29,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 transformers = pytest.importorskip("transformers")
 xllamacpp = pytest.importorskip("xllamacpp")
 
-ODD = "\u201c\u201d\u2019\t\u00a0\u2028\u00e9e\u0301\u6f22\U0001f600\U0001f468\u200d\U0001f469 .,!?"
+ODD = "\u201c\u201d\u2019\t\u00a0\u2028\u00ede\u0301\u6f22\U0001f600\U0001f468\u200d\U0001f469 .,!?"
 PROMPTS = ["the cat", "\u201cHolmes", "\n\n", "e\u0301", "\U0001f600 ", "a"]
 NAMES = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
 NAMES |= {"tokenizer_config.json", "README.md"}

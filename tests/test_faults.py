@@ -273,7 +273,7 @@ def test_torture(monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     counts = torture.torture(kills=10)
-    assert counts["runs"] and counts["training"] and sum(counts.values()) >= 10
+    assert counts["runs"] and sum(counts.values()) >= 10
 
 
 def test_restart_that_dies_early(cli):
@@ -328,7 +328,8 @@ def test_full_disk_is_rescued(cli, monkeypatch, tmp_path_factory, when):
         options = ["--checkpoint-interval", 0]
         result = stop(cli, 10 if when == "ctrl-c" else 99, *options)
     line = failed(result, str(MODEL), "No space left on device", "move it")
-    assert when == "ctrl-c" or "NOTE" in result.err  # regular checkpoints failed before
+    notes = result.err.count("not saved")  # of regular checkpoints; seldom, since each takes long
+    assert when == "ctrl-c" or 0 < notes < 12
     rescued = next(Path(word) for word in line.split() if "anexa-" in word)
     assert names() == {"prose.txt"}
     assert anexagpt.load(rescued).metadata.step == (10 if when == "ctrl-c" else 24)
