@@ -22,94 +22,88 @@ import struct
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from operator import mul
+from operator import attrgetter, mul
 from pathlib import Path
 
 # ---- autograd ------------------------------------------------------------------------------------
 
 
 class Value:
-    """A scalar that records how it was computed.
-
-    data      the number
-    grad      d(loss) / d(data), accumulated by loss.backward()
-    grad_fn   the Function that computed it from its children; None for a leaf
-    """
+    """A scalar that records how it was computed."""
 
     __slots__ = ("data", "grad", "grad_fn")
 
     def __init__(self, data, grad_fn=None):
-        self.data, self.grad, self.grad_fn = data, 0.0, grad_fn
+        self.data = data  # the number
+        self.grad = 0.0  # d(loss) / d(data), accumulated by loss.backward()
+        self.grad_fn = grad_fn  # the Function that computed it from its children; None for a leaf
 
     # fmt: off
-    def __add__(self, other):
-        other = other if isinstance(other, Value) else Value(other)
-        return scalar(self.data + other.data, (self, 1.0), (other, 1.0))
-    def __mul__(self, other):
-        other = other if isinstance(other, Value) else Value(other)
-        return scalar(self.data * other.data, (self, other.data), (other, self.data))
-    def __pow__(self, n): return scalar(self.data**n, (self, n * self.data ** (n - 1)))
-    def exp(self): return scalar(math.exp(self.data), (self, math.exp(self.data)))
-    def log(self): return scalar(math.log(self.data), (self, 1 / self.data))
+    def __add__(self, other): return scalar(lambda a, b: (a + b, 1.0, 1.0), self, other)
+    def __mul__(self, other): return scalar(lambda a, b: (a * b, b, a), self, other)
+    def __pow__(self, n): return scalar(lambda a: (a**n, n * a ** (n - 1)), self)
+    def exp(self): return scalar(lambda a: (math.exp(a), math.exp(a)), self)
+    def log(self): return scalar(lambda a: (math.log(a), 1 / a), self)
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -other
     def __rsub__(self, other): return -self + other
     def __truediv__(self, other): return self * other**-1
     def __rtruediv__(self, other): return self**-1 * other
     def __repr__(self): return f"Value(data={self.data:.6g}, grad={self.grad:.6g})"
-    # fmt: on
     __radd__, __rmul__ = __add__, __mul__
+    # fmt: on
 
     @property
     def children(self):
         return self.grad_fn.children if self.grad_fn else ()
 
     def backward(self):
-        """Add d(self) / d(v) to v.grad for every Value v that self depends on; free the graph.
-
-        Reverse-mode automatic differentiation. In reverse topological order the grad of a Value is
-        complete before the Function that computed it passes it on to its inputs.
-        """
-        order, visited, stack = [], set(), [(self.grad_fn, False)]
+        """Add d(self) / d(v) to v.grad for every Value v that self depends on; free the graph."""
+        order = {}  # of Functions, each after those that computed its inputs
+        stack = [self.grad_fn] if self.grad_fn else []
         while stack:  # depth-first search; recursion would fail on a long graph
-            fn, inputs_done = stack.pop()
-            if inputs_done:
-                order.append(fn)
-            elif fn and fn not in visited:
-                visited.add(fn)
-                stack.append((fn, True))
-                stack += [(f, False) for f in dict.fromkeys(v.grad_fn for v in fn.children)]
+            waiting = [fn for fn in stack[-1].next_functions if fn and fn not in order]
+            stack += waiting
+            if not waiting:
+                order[stack.pop()] = None
         self.grad += 1.0
-        for fn in reversed(order):
-            fn.backward([[value.grad for value in row] for row in fn.outputs])
+        for fn in reversed(order):  # by then the grads of its outputs are complete
+            grads = fn.backward([[value.grad for value in row] for row in fn.outputs])
+            for child, grad in zip(fn.children, flatten(flatten(grads))):
+                child.grad += grad
             fn.outputs = None  # ends the reference cycle outputs -> Value -> grad_fn -> outputs
 
 
 class Function:
     """One operation of the graph, shared by all entries of the matrix that it computed."""
 
-    def __init__(self, inputs, rows, backward):
-        self.children = [value for matrix in inputs for row in matrix for value in row]
-        self.outputs = [list(map(Value, row, repeat(self))) for row in rows]
-        self.backward = backward  # given d(loss) / d(outputs), adds to the grads of the children
+    def __init__(self, rows, inputs, backward):
+        self.children = list(flatten(flatten(map(attach, inputs))))
+        self.next_functions = dict.fromkeys(map(attrgetter("grad_fn"), self.children))
+        self.outputs = attach(rows, self)
+        self.backward = backward  # d(loss) / d(outputs) -> d(loss) / d(matrix) for each input
 
 
 def record(rows, inputs, backward):
     """`rows` as Values computed from `inputs`, matrices; as they are if no input has Values."""
-    inputs = [matrix for matrix in inputs if isinstance(matrix[0][0], Value)]
-    return Function(inputs, rows, backward).outputs if inputs else rows
+    has_values = any(isinstance(matrix[0][0], Value) for matrix in inputs)
+    return Function(rows, inputs, backward).outputs if has_values else rows
 
 
-def scalar(data, *partials):
-    """Value of a scalar operation; `partials` are pairs (operand, d(data) / d(operand))."""
+def scalar(f, *operands):
+    """Value of an operation on scalars; f returns its result and the derivative by each operand."""
+    operands = [v if isinstance(v, Value) else Value(v) for v in operands]
+    data, *derivatives = f(*[v.data for v in operands])
+    return record([[data]], [[operands]], lambda grads: [matmul(grads, [derivatives])])[0][0]
 
-    def backward(grads):
-        for operand, d in partials:
-            operand.grad += d * grads[0][0]
 
-    return Function([[[operand for operand, _ in partials]]], [[data]], backward).outputs[0][0]
+def attach(matrix, grad_fn=None):
+    """A matrix of floats as Values computed by `grad_fn`; a matrix of Values as it is."""
+    if isinstance(matrix[0][0], Value):
+        return matrix
+    return [list(map(Value, row, repeat(grad_fn))) for row in matrix]
 
 
 def detach(matrix):
@@ -117,19 +111,12 @@ def detach(matrix):
     return [[v.data for v in row] for row in matrix] if isinstance(matrix[0][0], Value) else matrix
 
 
-def accumulate(matrix, grads):
-    """Add `grads` to the grads of a matrix of Values; no effect on a matrix of floats."""
-    if isinstance(matrix[0][0], Value):
-        for row, grad_row in zip(matrix, grads):
-            for value, grad in zip(row, grad_row):
-                value.grad += grad
-
-
 # ---- matrices ------------------------------------------------------------------------------------
 # Forward and backward of an operation work on floats, with inner loops in C; a dot product of K
 # numbers is one Value, not 2K - 1. math.sumprod is new in Python 3.12.
 
 dot = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))
+flatten = chain.from_iterable
 
 
 def transpose(matrix):  # (N, M) -> (M, N)
@@ -143,11 +130,8 @@ def linear(x, weight, bias=None):  # (N, K), (M, K), (1, M) -> (N, M)
     if bias:
         y = [[v + b for v, b in zip(row, *detach(bias))] for row in y]
 
-    def backward(grads):
-        accumulate(x, matmul(grads, w))
-        accumulate(weight, matmul(transpose(grads), a))
-        if bias:
-            accumulate(bias, [map(sum, zip(*grads))])
+    def backward(grads):  # the last is for the bias, if any
+        return matmul(grads, w), matmul(transpose(grads), a), [map(sum, zip(*grads))]
 
     return record(y, [x, weight, bias] if bias else [x, weight], backward)
 
@@ -157,12 +141,8 @@ def matmul(a, b):  # (N, K), (K, M) -> (N, M)
 
 
 def add(a, b):  # (N, M), (N, M) -> (N, M)
-    def backward(grads):
-        accumulate(a, grads)
-        accumulate(b, grads)
-
     y = [[u + v for u, v in zip(*rows)] for rows in zip(detach(a), detach(b))]
-    return record(y, [a, b], backward)
+    return record(y, [a, b], lambda grads: (grads, grads))
 
 
 def causal_mask(scores):  # (T, S) -> (T, S)
@@ -182,9 +162,8 @@ def softmax(x, scale=1.0):  # (N, M) -> (N, M)
         y.append([e / total for e in exps])
 
     def backward(grads):
-        dots = [dot(p, g) for p, g in zip(y, grads)]
-        rows = zip(y, grads, dots)
-        accumulate(x, [[scale * pi * (gi - d) for pi, gi in zip(p, g)] for p, g, d in rows])
+        rows = zip(y, grads, map(dot, y, grads))
+        return [[[scale * pi * (gi - d) for pi, gi in zip(p, g)] for p, g, d in rows]]
 
     return record(y, [x], backward)
 
@@ -199,29 +178,30 @@ def layer_norm(x, weight, bias):  # (N, C), (1, C), (1, C) -> (N, C)
         normed.append([v * rstds[-1] for v in centred])
 
     def backward(grads):
-        for i, (n, rstd, g) in enumerate(zip(normed, rstds, grads)):
-            gw = [gi * wi for gi, wi in zip(g, w)]
+        x_grads, weight_grads = [], []  # (N, C), (N, C)
+        for n, rstd, g in zip(normed, rstds, grads):
+            gw = list(map(mul, g, w))
             mean, slope = sum(gw) / len(gw), dot(gw, n) / len(gw)
-            accumulate(x[i : i + 1], [[rstd * (gi - mean - ni * slope) for gi, ni in zip(gw, n)]])
-            accumulate(weight, [map(mul, g, n)])
-        accumulate(bias, [map(sum, zip(*grads))])
+            x_grads.append([rstd * (gi - mean - ni * slope) for gi, ni in zip(gw, n)])
+            weight_grads.append(map(mul, g, n))
+        return x_grads, weight_grads, [map(sum, zip(*grads))]
 
     y = [[ni * wi + bi for ni, wi, bi in zip(n, w, b)] for n in normed]
-    return record(y, [x, weight, bias], backward)
+    return record(y, [x, weight * len(x), bias], backward)  # the weight is used once a row
 
 
 def gelu(x):  # (N, M) -> (N, M)
     """GELU in the tanh approximation of GPT-2 (Hendrycks and Gimpel 2016, section 2)."""
     a, k, c = detach(x), math.sqrt(2 / math.pi), 0.044715
     tanhs = [[math.tanh(k * (v + c * v * v * v)) for v in row] for row in a]
+    y = [[0.5 * v * (1 + t) for v, t in zip(*rows)] for rows in zip(a, tanhs)]
 
     def derivative(v, t):
         return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * k * (1 + 3 * c * v * v)
 
     def backward(grads):
-        accumulate(x, [map(mul, g, map(derivative, *rows)) for g, *rows in zip(grads, a, tanhs)])
+        return [[map(mul, g, map(derivative, *rows)) for g, *rows in zip(grads, a, tanhs)]]
 
-    y = [[0.5 * v * (1 + t) for v, t in zip(*rows)] for rows in zip(a, tanhs)]
     return record(y, [x], backward)
 
 
@@ -236,7 +216,7 @@ def cross_entropy(logits, targets):  # (T, V), (T,) -> scalar
         rows = softmax(a)
         for row, target in zip(rows, targets):
             row[target] -= 1.0
-        accumulate(logits, [[v * grads[0][0] / T for v in row] for row in rows])
+        return [[[v * grads[0][0] / T for v in row] for row in rows]]
 
     return record([[loss]], [logits], backward)[0][0]
 
@@ -257,13 +237,13 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    dropout: float = field(default=0.0, repr=False)  # for training with anexagpt.py; unused here
+    dropout: float = 0.0  # for training with anexagpt.py; unused here
 
     def __post_init__(self):
         sizes = [self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd]
-        valid = all(type(n) is int and 0 < n < 2**21 for n in sizes)
-        fits = valid and self.n_embd % self.n_head == 0
-        require(fits, f"not positive integers with n_embd a multiple of n_head: {self}")
+        valid = all(type(n) is int and 0 < n <= 65_536 for n in sizes)
+        require(valid, f"sizes must be integers from 1 to 65,536: {self}")
+        require(self.n_embd % self.n_head == 0, f"n_embd must be a multiple of n_head: {self}")
 
 
 def parameter_shapes(config):
@@ -279,35 +259,28 @@ def parameter_shapes(config):
 
 
 def init_weights(config, rng):
-    """State dict (name -> matrix of Values): normal with standard deviation C**-0.5.
-
-    Biases are 0, LayerNorm weights 1. c_proj is 0, so that every block starts as the identity.
-    """
-    state_dict = {}
+    """State dict, name -> matrix of Values; a vector is a matrix of one row."""
+    state_dict = {}  # normal; biases and c_proj are 0, so that every block starts as the identity
     for name, shape in parameter_shapes(config).items():
         std = config.n_embd**-0.5 if len(shape) == 2 and "c_proj" not in name else 0.0
         mean = 1.0 if "ln_" in name and "weight" in name else 0.0
-        row_count = math.prod(shape[:-1])  # 1 for a vector
-        rows = ([rng.gauss(mean, std) for _ in range(shape[-1])] for _ in range(row_count))
-        state_dict[name] = [list(map(Value, row)) for row in rows]
+        rows = range(math.prod(shape[:-1]))
+        state_dict[name] = [[Value(rng.gauss(mean, std)) for _ in range(shape[-1])] for _ in rows]
     return state_dict
 
 
 def attention(qkv, n_head, keys, values):  # (T, 3C) -> (T, C)
-    """Causal multi-head attention, softmax(q @ k.T / sqrt(D)) @ v (Vaswani et al. 2017, eq. 1).
-
-    keys, values   KV cache of this layer, (S - T, C); extended in place to (S, C)
-    """
+    """Causal multi-head attention, softmax(q @ k.T / sqrt(D)) @ v (Vaswani et al. 2017, eq. 1)."""
     C = len(qkv[0]) // 3
     D = C // n_head
-    keys += [row[C : 2 * C] for row in qkv]  # (S, C)
+    keys += [row[C : 2 * C] for row in qkv]  # (S, C), the KV cache of this layer, kept in place
     values += [row[2 * C :] for row in qkv]  # (S, C)
     heads = []
     for d in range(0, C, D):
         q, k, v = ([row[d : d + D] for row in rows] for rows in (qkv, keys, values))  # (T or S, D)
         scores = causal_mask(linear(q, k))  # (T, S), linear(q, k) is q @ k.T
         heads.append(matmul(softmax(scores, scale=D**-0.5), v))  # (T, D)
-    return [list(chain(*rows)) for rows in zip(*heads)]  # (T, C)
+    return [list(flatten(rows)) for rows in zip(*heads)]  # (T, C)
 
 
 def gpt(ids, state_dict, config, kv_cache=None):  # (T,) -> (T, V)
@@ -325,16 +298,15 @@ def gpt(ids, state_dict, config, kv_cache=None):  # (T,) -> (T, V)
     wte, wpe = state_dict["wte.weight"], state_dict["wpe.weight"]
     x = add([wte[i] for i in ids], wpe[start : start + len(ids)])  # (T, C)
     for n in range(config.n_layer):
-        keys, values = kv_cache.setdefault(n, ([], []))
         qkv = linear(layer_norm(x, *p(f"h.{n}.ln_1")), *p(f"h.{n}.attn.c_attn"))  # (T, 3C)
-        y = attention(qkv, config.n_head, keys, values)  # (T, C)
+        y = attention(qkv, config.n_head, *kv_cache.setdefault(n, ([], [])))  # (T, C)
         x = add(x, linear(y, *p(f"h.{n}.attn.c_proj")))
         hidden = gelu(linear(layer_norm(x, *p(f"h.{n}.ln_2")), *p(f"h.{n}.mlp.c_fc")))  # (T, 4C)
         x = add(x, linear(hidden, *p(f"h.{n}.mlp.c_proj")))  # (T, C)
     return linear(layer_norm(x, *p("ln_f")), wte)  # (T, V), the head is tied to the embedding
 
 
-# ---- optimizer -----------------------------------------------------------------------------------
+# ---- training and generation ---------------------------------------------------------------------
 
 
 class Adam:
@@ -343,8 +315,7 @@ class Adam:
     def __init__(self, parameters, beta1=0.85, beta2=0.99, eps=1e-8):
         self.parameters, self.beta1, self.beta2, self.eps = parameters, beta1, beta2, eps
         self.t = 0  # updates so far
-        self.m = [0.0] * len(parameters)  # first moment: moving average of the gradient
-        self.v = [0.0] * len(parameters)  # second moment: moving average of its square
+        self.m = self.v = [0.0] * len(parameters)  # moving averages of the gradient and its square
 
     def step(self, lr):
         """Update the parameters with learning rate `lr`, then zero their grads."""
@@ -361,145 +332,135 @@ class Adam:
             p.grad = 0.0
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------
-
-UNKNOWN = "\ufffd"  # id 0 stands for characters that the training text lacks; never sampled
-
-
 def build_vocab(text):
-    """The sorted characters of `text` after UNKNOWN; characters[i] has id i."""
-    return UNKNOWN + "".join(sorted({*text} - {UNKNOWN}))
+    """U+FFFD, for unknown characters, and the sorted characters of `text`; an index is an id."""
+    return "\ufffd" + "".join(sorted({*text} - {"\ufffd"}))
 
 
 def encode(text, characters):
-    ids = {c: i for i, c in enumerate(characters)}
-    return [ids.get(c, 0) for c in text]
+    return [max(0, characters.find(c)) for c in text]
+
+
+def mean_loss(starts, ids, state_dict, config):
+    """Mean cross-entropy over the windows of `ids` that start at `starts`."""
+    T, losses = config.block_size, []
+    for i in starts:
+        logits = gpt(ids[i : i + T], state_dict, config)  # (T, V)
+        losses.append(cross_entropy(logits, ids[i + 1 : i + T + 1]))
+    return sum(losses) / len(losses)
+
+
+def train(args):
+    """Train on the text --data and write the model to --out."""
+    name, text, T = args.data.name, args.data.read_text(encoding="utf-8-sig"), args.block_size
+    characters = build_vocab(text)
+    config = GPTConfig(len(characters), T, args.n_layer, args.n_head, args.n_embd)
+    n = len(text) * 9 // 10  # tokens for training; the rest is for validation, in 40 windows
+    val_starts = range(n, len(text) - T, max(1, (len(text) - n) // 40))
+    require(val_starts, f"{name}: {len(text)} characters; --block-size {T} needs over {10 * T}")
+    tempfile.TemporaryFile(dir=args.out.parent).close()  # if this fails, so would saving
+    log(f"{name}: {len(text):,} characters, {config}")
+    ids, rng = encode(text, characters), random.Random(args.seed)
+    lr, max_steps = args.learning_rate, args.max_steps
+    state_dict, history, losses = init_weights(config, rng), [], []
+    optimizer = Adam([value for matrix in state_dict.values() for value in flatten(matrix)])
+    for step in range(1, max_steps + 1):
+        loss = mean_loss([rng.randrange(n - T)], ids, state_dict, config)
+        loss.backward()
+        optimizer.step(lr * (1 - (step - 1) / max_steps))  # linear decay to zero
+        losses.append(loss.data)
+        require(math.isfinite(loss.data), f"--learning-rate {lr}: loss {loss.data}, lower it")
+        if step % -(-max_steps // 10) == 0 or step == max_steps:  # ten times
+            floats = {key: detach(matrix) for key, matrix in state_dict.items()}
+            mean, val_loss = sum(losses) / len(losses), mean_loss(val_starts, ids, floats, config)
+            log(f"step {step:,}/{max_steps:,}: loss {mean:.4f}, validation loss {val_loss:.4f}")
+            history.append([step, mean, val_loss])
+            losses.clear()
+    log("Training finished...")
+    data = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), characters=len(text))
+    training = dict(max_steps=max_steps, learning_rate=lr, seed=args.seed)
+    metadata = dict(config=vars(config), characters=characters, data=data, training=training)
+    metadata |= dict(step=max_steps, validation_loss=val_loss, history=history)
+    save_model(args.out, config, state_dict, metadata)
+    log(f"Model saved to {args.out}")
+
+
+def sample(logits, temperature, rng):
+    """A token id from softmax(logits / temperature), at 0 the argmax; id 0 is never sampled."""
+    if temperature == 0:
+        return logits.index(max(logits[1:]), 1)
+    (probs,) = softmax([logits[1:]], scale=1 / temperature)
+    return rng.choices(range(1, len(logits)), probs)[0]
+
+
+def generate_ids(ids, state_dict, config, temperature, rng):
+    """Endless continuation of `ids` (at least one), token by token, with a KV cache."""
+    T, context, kv_cache = config.block_size, [], {}
+    while True:
+        context += ids
+        while len(context) > T:  # drop half: sliding by one token would change every position
+            context = ids = context[max(1, T // 2) :]
+            kv_cache = {}
+        logits = gpt(ids, state_dict, config, kv_cache)[-1]  # (V,)
+        ids = [sample(logits, temperature, rng)]
+        yield ids[0]
 
 
 # ---- model file ----------------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of a JSON header, the header, the tensors in little-endian.
 
 
+def tensor_entries(config, names):
+    """Header entries of the parameters, in a file that holds them in the order of `names`."""
+    shapes, entries, end = parameter_shapes(config), {}, 0
+    for name in names:
+        start, end = end, end + 4 * math.prod(shapes[name])
+        entries[name] = dict(dtype="F32", shape=[*shapes[name]], data_offsets=[start, end])
+    return entries
+
+
 def save_model(path, config, state_dict, metadata):
     """Write a model file; an existing one is replaced only when the new one is complete."""
     fields = {name: json.dumps(value) for name, value in metadata.items()}
-    header, content = {"__metadata__": {"format": "pt", "format_version": "1"} | fields}, b""
-    for name, shape in parameter_shapes(config).items():
-        floats, start = list(chain(*detach(state_dict[name]))), len(content)
-        content += struct.pack(f"<{len(floats)}f", *floats)
-        header[name] = dict(dtype="F32", shape=shape, data_offsets=(start, len(content)))
-    text = json.dumps(header).encode()
+    header = {"__metadata__": {"format": "pt", "format_version": "1"} | fields}
+    text = json.dumps(header | tensor_entries(config, state_dict)).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors
+    rows = flatten(map(detach, state_dict.values()))
+    tensors = [struct.pack(f"<{len(row)}f", *row) for row in rows]
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(struct.pack("<Q", len(text)) + text + content)
+        temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *tensors]))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_model(file, size):
-    """(config, characters, state_dict) in a file of `size` bytes, which may hold anything."""
-    n = int.from_bytes(file.read(8), "little")
-    require(n <= min(size - 8, 10**8), "header longer than the file")
-    header = json.loads(file.read(n))
-    metadata = header.pop("__metadata__", {})
-    require(metadata.get("format_version") == "1", "format_version is not 1")
-    config, characters = (json.loads(metadata[name]) for name in ("config", "characters"))
-    config = GPTConfig(**config)
-    require(isinstance(characters, str) and characters[0] == UNKNOWN, "characters[0] is not U+FFFD")
-    require(len({*characters}) == len(characters) == config.vocab_size, "not vocab_size characters")
-    require(len(header) == 4 + 12 * config.n_layer, "not the tensors of its config")
-    shapes, state_dict, end = parameter_shapes(config), {}, 0
-    require(size == 8 + n + 4 * sum(map(math.prod, shapes.values())), "not of the right size")
-    for name in sorted(shapes, key=lambda name: header[name]["data_offsets"]):
-        shape, start, end = shapes[name], end, end + 4 * math.prod(shapes[name])
-        entry = dict(dtype="F32", shape=[*shape], data_offsets=[start, end])
-        require(header[name] == entry, f"{name} is not {entry}")
-        floats = struct.unpack(f"<{(end - start) // 4}f", file.read(end - start))
-        require(all(abs(x) < 1e3 for x in floats), f"{name} is not finite, or absurdly large")
-        rows = range(0, len(floats), shape[-1])
-        state_dict[name] = [[*floats[i : i + shape[-1]]] for i in rows]
-    return config, characters, state_dict
 
 
 def load_model(path):
     """(config, characters, state_dict) of a model file.  raises: ValueError if it is damaged"""
     try:
         with open(path, "rb") as file:
-            return read_model(file, os.fstat(file.fileno()).st_size)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            n, state_dict = int.from_bytes(file.read(8), "little"), {}
+            require(n < 10**8, "not a safetensors file")
+            header = json.loads(file.read(n))
+            metadata = header.pop("__metadata__")
+            require(metadata["format_version"] == "1", "format_version is not 1")
+            config = GPTConfig(**json.loads(metadata["config"]))
+            characters = json.loads(metadata["characters"])
+            valid = characters == build_vocab(characters) and len(characters) == config.vocab_size
+            require(valid, "its characters are not U+FFFD and others in order")
+            names = sorted(parameter_shapes(config), key=lambda name: header[name]["data_offsets"])
+            require(header == tensor_entries(config, names), "not the tensors of its config")
+            end = header[names[-1]]["data_offsets"][1]
+            numbers = struct.unpack(f"<{end // 4}f", file.read())
+            require(all(abs(x) < 1e3 for x in numbers), "weights not finite, or absurdly large")
+            for name in names:
+                (start, end), width = header[name]["data_offsets"], header[name]["shape"][-1]
+                rows = range(start // 4, end // 4, width)
+                state_dict[name] = [[*numbers[i : i + width]] for i in rows]
+            return config, characters, state_dict
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise ValueError(f"{path}: not a whole model of Anexa ({reason}); get it again") from None
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-
-def loss_at(i, ids, state_dict, config):
-    """Cross-entropy on the window of block_size tokens that starts at `i`."""
-    x, y = ids[i : i + config.block_size], ids[i + 1 : i + config.block_size + 1]  # (T,), (T,)
-    return cross_entropy(gpt(x, state_dict, config), y)
-
-
-def estimate_loss(ids, state_dict, config, windows=40):
-    """Mean cross-entropy over evenly spaced windows of `ids`, without a graph."""
-    floats = {name: detach(matrix) for name, matrix in state_dict.items()}
-    starts = range(0, len(ids) - config.block_size, max(1, len(ids) // windows))
-    return sum(loss_at(i, ids, floats, config) for i in starts) / len(starts)
-
-
-def train(ids, config, max_steps, learning_rate, seed):
-    """State dict and loss history (rows of step, training loss, validation loss).
-
-    Each step is one window out of the first 90% of `ids`; the rest is for validation.
-    """
-    rng, n, history, losses = random.Random(seed), len(ids) * 9 // 10, [], []
-    state_dict = init_weights(config, rng)
-    optimizer = Adam([v for matrix in state_dict.values() for row in matrix for v in row])
-    for step in range(1, max_steps + 1):
-        loss = loss_at(rng.randrange(n - config.block_size), ids, state_dict, config)
-        loss.backward()
-        optimizer.step(learning_rate * (1 - (step - 1) / max_steps))  # linear decay to zero
-        losses.append(loss.data)
-        too_high = f"--learning-rate {learning_rate}: loss {loss.data}, lower it"
-        require(math.isfinite(loss.data), too_high)
-        if step % -(-max_steps // 10) == 0 or step == max_steps:
-            mean, val_loss = sum(losses) / len(losses), estimate_loss(ids[n:], state_dict, config)
-            log(f"step {step:,}/{max_steps:,}: loss {mean:.4f}, validation loss {val_loss:.4f}")
-            history.append([step, mean, val_loss])
-            losses.clear()
-    return state_dict, history
-
-
-# ---- generation ----------------------------------------------------------------------------------
-
-
-def sample(logits, temperature, rng):
-    """A token id from softmax(logits / temperature), at 0 the argmax; id 0 is never sampled."""
-    ids, top = range(1, len(logits)), max(logits[1:])
-    if temperature == 0:
-        return logits.index(top, 1)
-    probs = softmax([[(logits[i] - top) / temperature for i in ids]])
-    return rng.choices(ids, *probs)[0]
-
-
-def generate_ids(ids, state_dict, config, temperature, rng):
-    """Endless continuation of `ids` (at least one), token by token, with a KV cache.
-
-    Positions are absolute, so a full context cannot slide by one token: half of it is dropped and
-    the rest goes through the network again.
-    """
-    T, context, kv_cache = config.block_size, [], {}
-    while True:
-        context = context + ids
-        if len(context) > T:
-            half = max(1, T // 2)
-            context = context[-((T - len(context)) // half) * half :]  # without its first halves
-            ids, kv_cache = context, {}
-        logits = gpt(ids, state_dict, config, kv_cache)[-1]  # (V,)
-        ids = [sample(logits, temperature, rng)]
-        yield ids[0]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -528,12 +489,11 @@ def chat(config, characters, state_dict, temperature, max_new):
             log("(left out the characters that the model does not know)")
         if not prompt:
             continue
-        log("Response: ", end="")
-        print(show(prompt), end="", flush=True)
         ids = generate_ids(encode(prompt, characters), state_dict, config, temperature, random)
+        log("Response: ", end="")
         with suppress(KeyboardInterrupt):  # stops this response, not the program
-            for i in islice(ids, max_new):
-                print(show(characters[i]), end="", flush=True)
+            for c in chain(prompt, (characters[i] for i in islice(ids, max_new))):
+                print(show(c), end="", flush=True)
         print(flush=True)
     log()
 
@@ -555,29 +515,7 @@ def parse_args(argv):
     option("--seed", type=int, default=1337, help="of the initial weights and the batches")
     option("--temperature", type=float, default=0.7, help="of sampling; 0 takes the argmax")
     option("--max-new", type=int, default=300, help="characters per response")
-    args = parser.parse_args(argv)
-    if args.max_steps < 1 or args.max_new < 0 or not args.temperature >= 0:
-        parser.error("--max-steps must be 1 or more, --max-new and --temperature 0 or more")
-    return args
-
-
-def train_and_save(args):
-    """Train on --data and write the model to --out."""
-    name, text = args.data.name, args.data.read_text(encoding="utf-8-sig")
-    characters = build_vocab(text)
-    config = GPTConfig(len(characters), args.block_size, args.n_layer, args.n_head, args.n_embd)
-    enough = len(text) >= 20 * config.block_size  # a window has to fit into the last tenth
-    require(enough, f"--data {name}: {len(text)} characters, fewer than 20 * --block-size")
-    tempfile.TemporaryFile(dir=args.out.parent).close()  # if this fails, so would saving
-    log(f"{name}: {len(text):,} characters, {config}")
-    training = dict(max_steps=args.max_steps, learning_rate=args.learning_rate, seed=args.seed)
-    state_dict, history = train(encode(text, characters), config, **training)
-    log("Training finished...")
-    data = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), characters=len(text))
-    metadata = dict(config=asdict(config), characters=characters, data=data, training=training)
-    metadata |= dict(step=args.max_steps, validation_loss=history[-1][2], history=history)
-    save_model(args.out, config, state_dict, metadata)
-    log(f"Model saved to {args.out}")
+    return parser.parse_args(argv)
 
 
 def main(argv):
@@ -587,14 +525,14 @@ def main(argv):
         stream.reconfigure(errors="backslashreplace")
     gc.disable()  # backward() leaves no reference cycles
     try:
+        valid = args.max_steps >= 1 and args.max_new >= 0 and args.temperature >= 0
+        require(valid, "--max-steps must be 1 or more, --max-new and --temperature 0 or more")
         if args.model is None:
-            train_and_save(args)
+            train(args)
         config, characters, state_dict = load_model(args.model or args.out)
         log(f"{args.model or args.out}: {config}")
         chat(config, characters, state_dict, args.temperature, args.max_new)
         return 0
-    except BrokenPipeError:
-        os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
     except (OSError, ValueError) as error:
         log(f"{Path(__file__).name}: {error}")
         return 2

@@ -60,7 +60,7 @@ def test_scalar_operators_equal_torch():
 
 
 def test_backward_on_long_and_repeated_graphs():
-    """Catches recursion, grads that a second graph overwrites, and reference cycles that stay."""
+    """Catches recursion, grads that a second graph overwrites, cycles that stay, mixed inputs."""
     a, b = Value(3.0), Value(5.0)
     (a * b).backward()
     (a * b * 2).backward()
@@ -73,7 +73,7 @@ def test_backward_on_long_and_repeated_graphs():
     assert (x.data, a.grad) == (3.0 * 20_001, 15.0 + 20_001)
     gc.collect()
     gc.disable()
-    y = old.softmax(old.matmul(values([[1.0, 2.0]]), values([[3.0], [4.0]])))[0][0]
+    y = old.softmax(old.matmul(values([[1.0, 2.0]]), [[3.0], [4.0]]))[0][0]
     y.backward()
     del x, y
     found = gc.collect()
@@ -325,7 +325,7 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path):
         ("--data bad.txt", "utf-8"),
         ("--data short.txt", "short.txt: 5 characters"),
         ("--out no/where.safetensors", "No such file"),
-        ("--n-head 5", "n_embd a multiple of n_head"),
+        ("--n-head 5", "n_embd must be a multiple of n_head"),
         ("--max-steps 0", "--max-steps"),
         ("--temperature nan", "--temperature"),
         ("--learning-rate nan --n-embd 4", "--learning-rate"),

@@ -23,7 +23,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 import old_architecture as old
-from old_architecture import Value, accumulate, add, attention, cross_entropy, detach, linear
+from old_architecture import Value, add, attention, cross_entropy, detach, linear
 
 STEPS = 40
 SMALL = old.GPTConfig(vocab_size=90, block_size=256, n_layer=4, n_head=4, n_embd=128)  # 0.8 M
@@ -35,9 +35,11 @@ def rms_norm(x):
     y = [[v * s for v in row] for row, s in zip(rows, scales, strict=True)]
 
     def backward(grads):
-        for i, (g, n, s) in enumerate(zip(grads, y, scales, strict=True)):
+        x_grads = []
+        for g, n, s in zip(grads, y, scales, strict=True):
             mean = old.dot(g, n) / len(g)
-            accumulate(x[i : i + 1], [[s * (a - b * mean) for a, b in zip(g, n, strict=True)]])
+            x_grads.append([s * (a - b * mean) for a, b in zip(g, n, strict=True)])
+        return [x_grads]
 
     return old.record(y, [x], backward)
 
@@ -47,7 +49,7 @@ def relu(x):
 
     def backward(grads):
         rows = zip(grads, y, strict=True)
-        accumulate(x, [[g * (v > 0) for g, v in zip(*row, strict=True)] for row in rows])
+        return [[[g * (v > 0) for g, v in zip(*row, strict=True)] for row in rows]]
 
     return old.record(y, [x], backward)
 
