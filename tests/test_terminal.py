@@ -110,7 +110,7 @@ def random_model(tiny: Path, path: Path | str, characters: str, scale: float = 0
 
 # ---- escaping ----
 
-STEERING = "\x00\x07\x0b\x0c\r\x1b\x7f\x9b\u061c\u200e\u202e\u2066"
+STEERING = "\x00\x08\x0b\r\x1b\x1f\x7f\x9b\x9f\u061c\u200e\u200f\u202a\u202e\u2066\u2069"
 VISIBLE = "a\n\t\u06dd\u200b\u00ad\ufeff\u4f60\U0001f600\u0301"
 
 
