@@ -275,7 +275,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, S)
         return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, D)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
 
 
 class KVCache:
