@@ -87,7 +87,7 @@ def test_pieces(read, monkeypatch, encoding, size):
 def test_gutenberg_license(read, the, space):
     """Catches markers in the spelling of another decade, and a license that is learnt by heart."""
     marker = f"***{space}%s OF {the} PROJECT GUTENBERG EBOOK A\nB ***\n"
-    book = "It was a dark and stormy night; the rain fell.\n\nThe end."
+    book = f"It was a dark and stormy night; {marker % 'END'}\n\nThe end."  # quotes one
     article = "the " * len(space)
     last = f"\r\n\r\nEnd of {article}Project Gutenberg's A B\r\n" * (the == "THIS")
     text = "License\n" + marker % "START" + f"\n\n{book}\n\n{last}\n" + marker % "END" + "More\n"
