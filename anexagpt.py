@@ -2051,6 +2051,8 @@ def run_training(args, t: Trainer) -> None:
             training_loop(t, display, save_checkpoint, lambda: bool(caught))
         finished = t.step == t.cfg.max_steps
         if finished and is_first:
+            if t.best_loss < min(row[2] for row in t.history) - 1e-6:  # which is rounded
+                log("NOTE: training did not improve on --init, whose weights are saved.")
             if not quiet:
                 hint = " At the prompt, /help lists commands." * (args.command == "run")
                 log(f"{loss_chart(t.history)}\n{t.metadata()}.{hint}")
@@ -2284,8 +2286,8 @@ def cmd_info(args: argparse.Namespace) -> None:
 
 def cmd_export(args: argparse.Namespace) -> None:
     folder, path = args.folder, args.gguf
-    is_complete = path or (folder and not args.f16)
-    require(is_complete, "give a folder for transformers, --gguf FILE, or both")
+    require(folder or path, "give a folder for transformers, --gguf FILE, or both")
+    require(path or not args.f16, "--f16: is for the GGUF file; add --gguf FILE")
     for p in filter(None, (folder, path)):
         if not args.force and (any(p.iterdir()) if p.is_dir() else p.exists()):
             raise UserError(f"{p}: exists; choose another name, or add --force")
