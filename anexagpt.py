@@ -153,7 +153,7 @@ class Config:
 
     @classmethod
     def pick(cls, settings: dict) -> Config:
-        """The config that has those of `settings` that it has fields for, else its defaults."""
+        """Config of those `settings` that are fields of it; the others have their defaults."""
         known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
         return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
 
@@ -508,7 +508,7 @@ def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tupl
     """
     ctx, T, device = ctx or DistributedContext(), model.config.block_size, model.wte.weight.device
     count = int(np.count_nonzero(ids[1:]))
-    require(count, "there is no text to evaluate on: all its characters are unknown, or U+FFFD")
+    require(count, "no character of the text to evaluate on is known; take another text")
     rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
     ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
     windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
@@ -938,7 +938,8 @@ class Metadata(Config):
         in_order = vocab == build_vocab(vocab) and len(vocab) == size
         require(in_order, "its characters are not U+FFFD and others in order")
         vocab.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
-        TrainConfig.pick(m.training)
+        used = {n: v for n, v in m.training.items() if n in ("init", "max_steps")}
+        TrainConfig.pick(used)  # a run that resumes checks the others
         data = m.data
         if "name" in data:  # one string before version 1.0
             data["names"] = [data.pop("name")]
@@ -949,6 +950,7 @@ class Metadata(Config):
         steps = [0] + [step for step, _, _ in m.history]
         are_numbers = all(is_number(value) for row in m.history for value in row)
         in_order = {*map(type, steps)} == {int} and steps == sorted(set(steps))
+        in_order = in_order and steps[-1] <= m.step
         require(are_numbers and in_order, "its history is malformed")
         return m
 
@@ -972,7 +974,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(22, "is not a regular file")  # /dev/null must stay what it is
-        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes
+        pattern = f".{glob.escape(path.name)}.{'?' * 16}.tmp"
+        for old in path.parent.glob(pattern):  # of killed processes
             with suppress(OSError):  # another process may remove it, too
                 if time.time() - old.stat().st_mtime > 86_400:
                     old.unlink()
@@ -1573,7 +1576,9 @@ class Chat:
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
         path = Path(os.path.expanduser(file.strip()))
-        require(path.is_file(), f"/read {file}: no such file; check the spelling")  # nor a pipe
+        require(
+            path.is_file(), f"/read {file}: no such file; check the spelling"
+        )  # a pipe would block
         self.answer("".join(read_texts([(path, "utf-8")])).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
@@ -1747,7 +1752,8 @@ def optional(module: str):
 
 def without_paths(metadata: Metadata) -> Metadata:
     """Metadata to publish: names of texts without folders, passwords and queries."""
-    public = lambda name: re.split(r"[/\\@]", re.sub(r"[?#].*", "", name).rstrip("/\\"))[-1]
+    url = r"(?s)^\w+://([^/]*@)?([^?#]*).*"
+    public = lambda name: re.split(r"[/\\]", re.sub(url, r"\2", name).rstrip("/\\"))[-1]
     training, names = dict(metadata.training), map(public, metadata.data["names"])
     training["init"] = training.get("init") and public(training["init"])
     return replace(metadata, data=metadata.data | dict(names=[*names]), training=training)
@@ -1855,7 +1861,10 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
 def write_gguf(path: Path, model: Model, half: bool) -> None:
     """Write the model for llama.cpp; `half`: matrices in float16."""
     gguf, config = optional("gguf"), model.network.config
-    spelling = gguf.vocab.bytes_to_unicode()  # GPT-2 spells each byte as one visible character
+    # GPT-2 spells each byte as one visible character; those without one count up from U+0100.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
     kind = gguf.TokenType
     entries = dict(
@@ -1967,6 +1976,9 @@ def prepare_run(args, device, dtype, ctx) -> Trainer:
     if m.step and corpus.data["sha256"] != m.data["sha256"]:
         raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
     trainer = Trainer(config, cfg, corpus, device, dtype, ctx)
+    fix = "save it again, or give its real --encoding"
+    is_text = trainer.train_ids[1:].any() and trainer.val_ids[1:].any()
+    require(is_text, f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
     if init:
         for network in (trainer.model, trainer.ema):
             network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
@@ -2001,7 +2013,8 @@ def cmd_train(args: argparse.Namespace) -> None:
         try:
             if ctx.rank == 0:
                 lock = out.with_name(f".{out.name}.lock")
-                stack.enter_context(filelock.FileLock(lock, timeout=0))
+                # The file stays: if it went, a second process could lock another one of its name.
+                stack.enter_context(filelock.FileLock(lock, timeout=0, mode=0o666))
         except OSError as error:  # a Timeout is one; also where the folder is read-only
             reason = error.strerror or "another process trains it, or no file can be made there"
             fix = "wait, or choose another folder"

@@ -533,6 +533,8 @@ def main(argv):
         log(f"{args.model or args.out}: {config}")
         chat(config, characters, state_dict, args.temperature, args.max_new)
         return 0
+    except BrokenPipeError:
+        os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
     except (OSError, ValueError) as error:
         log(f"{Path(__file__).name}: {error}")
         return 2

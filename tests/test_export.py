@@ -33,7 +33,10 @@ ODD = "\u201c\u201d\u2019\t\u00a0\u2028\u00ede\u0301\u6f22\U0001f600\U0001f468\u
 PROMPTS = ["the cat", "\u201cHolmes", "\n\n", "e\u0301", "\U0001f600 ", "a"]
 NAMES = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
 NAMES |= {"tokenizer_config.json", "README.md"}
-TEXTS = "https://me:secret@example.org/dir/b.txt?key=hidden#x", "/home/me/a: 'b' [\U0001f600.txt"
+TEXTS = (
+    "https://me:secret@example.org/dir/b.txt?key=hidden#x",
+    "/home/me#2/a: #'b'@ [\U0001f600.txt",
+)
 
 
 def run(*arguments) -> None:
@@ -153,11 +156,11 @@ def test_folder(trained, ours, cli):
     card, loss = huggingface_hub.ModelCard.load(folder / "README.md"), ours.metadata.validation_loss
     assert card.data.library_name == "transformers" and card.data.license == "unknown"
     assert card.data.pipeline_tag == "text-generation" and card.data.model_name == "hf"
-    assert card.data.eval_results[0].dataset_name.endswith("b.txt, a: 'b' [\U0001f600.txt")
+    assert card.data.eval_results[0].dataset_name.endswith("b.txt, a: #'b'@ [\U0001f600.txt")
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert figures["loss"] == pytest.approx(loss, abs=1e-4)
     assert figures["bits_per_character"] == pytest.approx(loss / 0.693147, abs=1e-4)
-    words = [ours.metadata.data["sha256"], "sherlock", "b.txt", "a: 'b' [\U0001f600.txt"]
+    words = [ours.metadata.data["sha256"], "sherlock", "b.txt", "a: #'b'@ [\U0001f600.txt"]
     for word in [*words, "max_steps 100", "64 characters", "IndexError", "first.safetensors"]:
         assert word in " ".join(card.text.split()), word
     for file in folder.iterdir():

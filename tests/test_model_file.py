@@ -92,10 +92,12 @@ def test_self_contained(tiny):
 
 
 def test_file_of_an_earlier_version(tiny, cli):
-    """Catches a model of before version 1.0, with one name, that cannot be read any more."""
+    """Catches a model of before version 1.0, with one name and other settings, that cannot be read
+    any more."""
     data = entry(tiny, "data")
     data["name"] = data.pop("names")[0] + " + x.txt"
-    path = craft(tiny, dict(data=data))
+    training = entry(tiny, "training") | dict(checkpoint_interval=None, learning_rate=99)
+    path = craft(tiny, dict(data=data, training=training))
     assert anexagpt.load(path).metadata.data["names"] == [data["name"]]
     assert cli("info", "--model", path).out.count(" + x.txt")
 
