@@ -137,7 +137,8 @@ HOSTILE = {  # entry of the header: what it says instead
     "step": ["null", '"5"', "1.5", "1e999", "NaN", "9" * 400, "9" * 5000, "-5", DEEP, None],
     "validation_loss": ['"5"', "NaN", "1e999", "9" * 400, "[]", "{}", '""', "false", None],
     "history": ["null", {}, [1], [[1, 2]], '[["a", 2, 3]]', "[[1, null, 3]]", "[[1, NaN, 3]]", DEEP,
-                [[5, 2, 3], [5, 2, 3]], [[5, 2, 3], [2, 2, 3]], [[-5, 2, 3]], [[0.5, 2, 3]], None],
+                [[5, 2, 3], [5, 2, 3]], [[5, 2, 3], [2, 2, 3]], [[-5, 2, 3]], [[0.5, 2, 3]], None,
+                [[9**9, 2, 3]]],  # beyond the step of the run
 }  # fmt: skip
 
 
