@@ -334,7 +334,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         wide = (2 * config.n_embd) ** -0.5  # GPT-2 has 0.02; a step of Muon is larger than AdamW's
-        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # a block starts as x
+        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # blocks begin as x -> x
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=std[name.split(".")[-2]])
@@ -1576,9 +1576,8 @@ class Chat:
     def do_read(self, file: str) -> None:
         """FILE: continue the text in a file."""
         path = Path(os.path.expanduser(file.strip()))
-        require(
-            path.is_file(), f"/read {file}: no such file; check the spelling"
-        )  # a pipe would block
+        if not path.is_file():  # a pipe would block
+            raise UserError(f"/read {file}: no such file; check the spelling")
         self.answer("".join(read_texts([(path, "utf-8")])).removesuffix("\n"))
 
     def do_model(self, file: str) -> None:
