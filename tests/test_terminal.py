@@ -242,8 +242,8 @@ def test_progress_off_a_terminal(cli, tmp_path):
     with interrupt_at(290):
         assert cli(*command).status == 130
     speeds = re.findall(r"([\d,]+) char/s", result.err + cli(*command).err)
-    first, *_, resumed = (int(speed.replace(",", "")) for speed in speeds)
-    assert resumed < 3 * first  # of 10 steps, not of 300 in the same time
+    *before, resumed = (int(speed.replace(",", "")) for speed in speeds)
+    assert resumed < 5 * max(before)  # of 10 steps, not of 300 in the same time
     quiet = cli("train", "prose.txt", *TINY, "--max-steps", 2, "--restart", "--quiet").err
     assert "/2 " not in quiet and "epochs" not in quiet
     assert quiet.endswith("Training finished...\nModel saved to model.safetensors\n")
