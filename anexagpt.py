@@ -950,8 +950,7 @@ class Metadata(Config):
         steps = [0] + [step for step, _, _ in m.history]
         are_numbers = all(is_number(value) for row in m.history for value in row)
         in_order = {*map(type, steps)} == {int} and steps == sorted(set(steps))
-        in_order = in_order and steps[-1] <= m.step
-        require(are_numbers and in_order, "its history is malformed")
+        require(are_numbers and in_order and steps[-1] <= m.step, "its history is malformed")
         return m
 
     def __str__(self) -> str:
