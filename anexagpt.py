@@ -2,106 +2,87 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch==2.13.0", "safetensors==0.8.0", "packaging==26.3", "requests==2.34.2", "rich==15.0.0",
-#     "filelock==4.2.11", "numpy==2.2.6; python_version < '3.11'",
-#     "numpy==2.4.6; python_version >= '3.11'", "prompt_toolkit==3.0.53",
+#     "torch==2.13.0", "safetensors==0.8.0", "packaging==26.3", "requests==2.34.2",
+#     "urllib3==2.8.0", "charset-normalizer==3.5.3", "rich==15.0.0", "filelock==4.2.11",
+#     "numpy==2.2.6; python_version < '3.11'", "numpy==2.4.6; python_version >= '3.11'",
+#     "prompt_toolkit==3.0.53",
 # ]
 # ///
 """Anexa: a small GPT that you train in minutes, own, and talk to in your terminal.
 
-usage: python anexagpt.py [COMMAND] [OPTIONS]
+    python anexagpt.py            train on Sherlock Holmes, then chat
+    python anexagpt.py --help     all commands
 
-commands:
-  run        train unless there is a finished model, then open the prompt (the default)
-  train      train a model and save it
-  chat       open the prompt with a saved model
-  generate   continue one prompt; stdout gets the text and nothing else
-  explain    show how the model reads a text: ids, next characters, surprise, attention
-  eval       compute the loss of a model on a text
-  info       show what a model file contains
-  export     write the model for Hugging Face transformers or llama.cpp
-  push       upload the model to the Hugging Face Hub
+In Python:
 
-examples:
-  python anexagpt.py                               train on Sherlock Holmes, then chat
-  python anexagpt.py train --data shakespeare --out bard.safetensors
-  python anexagpt.py train your.txt --init bard.safetensors --out me.safetensors
-  python anexagpt.py generate "It was a" -n 300 > story.txt
-  python anexagpt.py export bard.safetensors hf-bard --gguf bard.gguf
+    import anexagpt
 
-Ctrl-C stops a run and saves it; the same command resumes it.
-'python anexagpt.py COMMAND --help' lists the options of a command.
+    model = anexagpt.train("diary.txt", out="me.safetensors")
+    print(model.generate("It was a", max_new=200))
 
-The file reads from top to bottom: a complete GPT first; below the divider it is connected to files,
-texts, other processes, the terminal and other programs.
+The file reads from top to bottom. The first part is a complete GPT on its own:
+
+    config        one line a setting: type, default, help, limits
+    tokenizer     characters to ids and back
+    network       GPT-2's decoder, with an optional KV cache
+    optimizer     learning rate, Muon, the average of the weights
+    training      batches, loss, evaluation, Trainer.step() and Trainer.fit()
+    generation    sampling settings, generate() without a cache, prefill() and decode() with it
+    Model         network, tokenizer and metadata: what a user holds
+
+The second part connects it to the world:
+
+    fast paths    faster versions of four plain functions above; --plain switches them off
+    files         publishing a file safely; reading a file that may be foreign or broken
+    text sources  built-in texts, files, folders, URLs
+    terminal      messages, live progress, loss chart
+    library       train() and load()
+    chat          the prompt loop and its views
+    export        Hugging Face transformers, llama.cpp, the Hub
+    command line  options and commands
 
 Shapes: B batch, T time (characters in a window), C channels (n_embd), H heads, D = C / H channels
-of a head, S positions that a query attends to, V vocab_size, L layers (n_layer).
+of a head, S positions that a query may attend to, V vocab_size, L layers (n_layer).
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+import math
+import os
+import secrets
+import signal
 import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("anexagpt.py: this is Python {}.{}; 3.10 is needed".format(*sys.version_info))
 
-import argparse
-import builtins
-import copy
-import ctypes
-import glob
-import hashlib
-import importlib
-import io
-import json
-import math
-import os
-import re
-import secrets
-import shutil
-import signal
-import tempfile
-import time
-import unicodedata
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
 if __name__ == "__main__":  # before PyTorch, whose import takes a second
-    if sys.argv[1:2] in (["-h"], ["--help"]):
-        with suppress(OSError):  # nobody reads it
-            os.write(1, __doc__.partition("\nThe file reads")[0].encode() + b"\n")
-        sys.exit()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports
-    # OpenMP's threads spin while they wait; a short time only, or a busy machine trains 3x slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("KMP_BLOCKTIME", "1")  # the same, in ms, for Intel's and LLVM's OpenMP
 
+# OpenMP's threads spin while they wait; a short time only, or a busy machine trains 3x slower.
+# Read when PyTorch is loaded, then taken back.
+SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # GNU's; Intel's and LLVM's, in ms
+ADDED_TO_ENVIRONMENT = SPIN_LIMITS.keys() - os.environ.keys()
+os.environ |= {name: SPIN_LIMITS[name] for name in ADDED_TO_ENVIRONMENT}
+
+INSTALL = "install with: pip install -r requirements.txt"
 try:
-    import filelock
     import numpy as np
-    import prompt_toolkit
-    import requests
-    import rich.progress
     import safetensors.torch
     import torch
+    from numpy import ndarray
     from packaging.version import Version
-    from prompt_toolkit import completion, history
-    from prompt_toolkit.filters import Condition
-    from rich.cells import cell_len, set_cell_size
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-    from safetensors import SafetensorError
     from torch import Tensor, nn
-    from torch import distributed as dist
     from torch.nn import functional as F
 
     if Version(torch.__version__) < Version("2.9"):
@@ -109,7 +90,10 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"anexagpt.py: {error}; install with: pip install -r requirements.txt")
+    sys.exit(f"anexagpt.py: {error}; {INSTALL}")
+finally:
+    for name in ADDED_TO_ENVIRONMENT:
+        del os.environ[name]
 
 __version__ = "1.0.0"
 
@@ -119,7 +103,11 @@ __version__ = "1.0.0"
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message gives the value, the rule and what to do."""
+    """An error that the user can fix: the message gives the value, the rule and what to do.
+
+    A message names a setting as Python does, `max_steps` or `max_steps=0`, in backquotes; the
+    command line shows these as --max-steps and --max-steps 0.
+    """
 
 
 def require(condition, message: str) -> None:
@@ -128,61 +116,111 @@ def require(condition, message: str) -> None:
         raise UserError(message)
 
 
-def option(default, help, low=None, high=None):
-    """Dataclass field that is also a command-line option, if it has a help text."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high))
+def option(default, help=None, low=None, high=None):
+    """Dataclass field with limits; one with a help text is also a command-line option."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def field_types(setting) -> list[type]:
-    """Types that a field allows: [int, NoneType] for `int | None`."""
-    return [getattr(builtins, name) or type(None) for name in setting.type.split(" | ")]
+def field_types(config: type, name: str) -> tuple[type, ...]:
+    """Types that a field allows: (int, NoneType) for `int | None`."""
+    hint = get_type_hints(config)[name]
+    return get_args(hint) or (hint,)
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", tuple: "a tuple of texts"}
 
 
 class Config:
-    """Base of the config dataclasses: checks values, whether they come from options or a file."""
+    """Base of the config dataclasses: checks each value, wherever it comes from."""
 
     def __post_init__(self):
         for setting in fields(self):
-            value, rule, types = getattr(self, setting.name), setting.metadata, field_types(setting)
-            is_valid = type(value) in types or (type(value) is int and float in types)
-            kind = {int: "a whole number", float: "a number"}.get(types[0], types[0].__name__)
-            if rule["low"] is not None:
-                kind += f" from {rule['low']:,} to {rule['high']:,}"
-                is_valid = is_valid and (value is None or rule["low"] <= value <= rule["high"])
-            require(is_valid, f"--{setting.name.replace('_', '-')} {value!r}: must be {kind}")
+            self.check(setting.name, getattr(self, setting.name), **setting.metadata)
+
+    @classmethod
+    def check(cls, name: str, value, help, low, high) -> None:
+        """raises: UserError unless `value` has the type and is within the limits of the field"""
+        types = field_types(cls, name)
+        rule = TYPE_NAMES[types[0]]
+        is_valid = type(value) in types or (type(value) is int and float in types)
+        if low is not None:
+            rule += f" from {low:,} to {high:,}"
+            is_valid = is_valid and (value is None or low <= value <= high)
+        require(is_valid, f"`{name}={value}`: must be {rule}")
 
     @classmethod
     def pick(cls, settings: dict) -> Config:
-        """Config of those `settings` that are fields of it; the others have their defaults."""
-        known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        """Config with those `settings` that are fields of it; the others have their defaults."""
+        names = {setting.name for setting in fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in names})
 
 
 @dataclass(frozen=True)
 class GPTConfig(Config):
     """Shape of the network; part of every model file."""
 
-    vocab_size: int = option(2, None, 2, 65_536)  # not an option: the text decides
+    vocab_size: int = option(2, None, 2, 65_536)  # the text decides
     block_size: int = option(256, "context length in characters (T)", 2, 4_096)
     n_layer: int = option(4, "transformer blocks (L)", 1, 128)
     n_head: int = option(4, "attention heads per block (H)", 1, 1_000)
-    n_embd: int = option(128, "channels, a multiple of --n-head (C)", 1, 65_536)
-    dropout: float | None = option(None, "dropout rate (default: by number of epochs)", 0.0, 0.9)
+    n_embd: int = option(128, "channels, a multiple of the heads (C)", 1, 65_536)
+    dropout: float = option(0.0, None, 0.0, 0.9)  # see TrainConfig
 
     def __post_init__(self):
         super().__post_init__()
         if self.n_embd % self.n_head:
             fix = f"the next is {math.ceil(self.n_embd / self.n_head) * self.n_head:,}"
-            raise UserError(f"--n-embd {self.n_embd}: must be a multiple of --n-head; {fix}")
+            raise UserError(f"`n_embd={self.n_embd}`: must be a multiple of `n_head`; {fix}")
 
     def n_parameters(self) -> int:
         """Number of weights: two embeddings, 12 C^2 + 13 C per block, and the last LayerNorm."""
         C = self.n_embd
-        return (self.vocab_size + self.block_size + 2) * C + self.n_layer * (12 * C * C + 13 * C)
+        per_block = 12 * C * C + 13 * C
+        return (self.vocab_size + self.block_size + 2) * C + self.n_layer * per_block
 
-    def __str__(self) -> str:
+    def size(self) -> str:
         n = self.n_parameters()
         return f"{n / 1e6:,.1f} M parameters" if n >= 100_000 else f"{n:,} parameters"
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How a model is trained; part of every model file. None: see `resolve`."""
+
+    max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
+    batch_size: int | None = option(None, "windows per step (default: CPU 6, GPU 16)", 1, 100_000)
+    grad_accum: int = option(1, "micro-batches per step: less memory, same result", 1, 100_000)
+    muon_learning_rate: float = option(0.02, "peak rate of Muon: matrices of the blocks", 0.0, 10.0)
+    learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
+    weight_decay: float = option(0.1, "of Muon's matrices, as a multiple of their rate", 0.0, 10.0)
+    warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
+    dropout: float | None = option(None, "dropout rate (default: by number of epochs)", 0.0, 0.9)
+    logit_scale: float | None = option(None, None, 0.1, 10.0)
+    eval_interval: int = option(250, "steps between evaluations", 1, 100_000_000)
+    checkpoint_interval: float = option(60.0, "seconds between checkpoints, or more", 0.0, 1e9)
+    seed: int = option(1337, "of first weights, data order and dropout", 0, 2**63 - 1)
+    init: str | None = option(None, "model file with the first weights, to fine-tune it")
+
+
+def resolve(cfg: TrainConfig, n_chars: int, block_size: int, device: str) -> TrainConfig:
+    """`cfg` with a value for each None.
+
+    These values depend on the length of the run, the device ("cpu", "cuda", "mps") and the number
+    of characters to train on. They are decided once, when the run begins, and are part of it.
+    """
+    batch_size = cfg.batch_size
+    if batch_size is None:
+        batch_size = 6 if device == "cpu" else 16
+    epochs = cfg.max_steps * batch_size * block_size / n_chars
+    dropout = cfg.dropout
+    if dropout is None:  # the more often a text is repeated, the sooner it is memorized
+        dropout = 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
+    logit_scale = cfg.logit_scale
+    if logit_scale is None:
+        # Multiplies the logits in training only, against overconfidence on a repeated text:
+        # without it validation loss would be lowest at a temperature of 1.15.
+        logit_scale = 1.0 if epochs < 4 else 1.15
+    return replace(cfg, batch_size=batch_size, dropout=dropout, logit_scale=logit_scale)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -197,100 +235,150 @@ def build_vocab(characters: Iterable[str]) -> str:
     return UNKNOWN + "".join(sorted({*characters} - {UNKNOWN}))
 
 
-def code_points(text: str) -> np.ndarray:
+def code_points(text: str) -> ndarray:
     """Unicode code points of `text` (N,)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<i4")
+
+
+def split_clusters(text: str) -> Iterator[str]:
+    """Each character of `text` together with the combining marks that follow it."""
+    start = 0
+    for end in range(1, len(text) + 1):
+        if end == len(text) or not unicodedata.combining(text[end]):
+            yield text[start:end]
+            start = end
 
 
 class Tokenizer:
     """Characters to ids and back: `characters[i]` has id i, `characters[0]` is U+FFFD."""
 
     def __init__(self, characters: str):
-        self.characters, n = characters, len(characters)
-        self.table = np.zeros(0x110000, np.uint8 if n <= 256 else np.uint16)  # code point -> id
-        self.table[code_points(characters)] = np.arange(n)
+        self.characters = characters
+        self.known = set(characters[1:])
+        dtype = np.uint8 if len(characters) <= 256 else np.uint16
+        self.table = np.zeros(0x110000, dtype)  # code point -> id
+        self.table[code_points(characters)] = np.arange(len(characters))
 
     def __len__(self) -> int:
         return len(self.characters)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> ndarray:
         """Ids (N,), uint8 or uint16; 0 for unknown characters."""
         return self.table.take(code_points(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[i] for i in ids)
 
-    def normalize_prompt(self, prompt: str) -> tuple[str, str]:
-        """`prompt` in characters of the vocabulary, and a notice of what changed ("" if nothing).
+    def normalize_prompt(self, prompt: str) -> tuple[str, dict[str, str]]:
+        """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
+        changes = {}
+        parts = []
+        for cluster in split_clusters(prompt.replace("\r\n", "\n").replace("\r", "\n")):
+            if not self.known.issuperset(cluster):
+                changes[cluster] = cluster = self.equivalent(cluster)
+            parts.append(cluster)
+        return "".join(parts), changes
 
-        An unknown character is mapped to a straight quote, a dash, its form without accent or in
-        the other case; else it is dropped.
+    def equivalent(self, cluster: str) -> str:
+        """The nearest form of a character with its marks that the vocabulary has, or "".
+
+        Tried in this order: the same letter composed or decomposed (Unicode's NFC and NFD), a
+        straight quote or hyphen, the compatibility forms (NFKC and NFKD), the other case; at last
+        any of these without what is unknown of it, such as an accent.
         """
-        known, mapped = set(self.characters[1:]), {}
-        prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")
-        for c in dict.fromkeys(c for c in prompt if c not in known):
-            decomposed = unicodedata.normalize("NFKD", c)
-            base = "".join(p for p in decomposed if not unicodedata.combining(p))
-            candidates = c.translate(EQUIVALENTS), base, c.swapcase(), base.swapcase()
-            mapped[c] = next((x for x in candidates if x and known.issuperset(x)), "")
-        changes = [f"read {c} as {x}" if x else f"dropped {c}" for c, x in mapped.items()]
-        more = f" and {len(changes) - 10:,} more" if len(changes) > 10 else ""
-        return "".join(mapped.get(c, c) for c in prompt), ", ".join(changes[:10]) + more
+        forms = [unicodedata.normalize(form, cluster) for form in ("NFC", "NFD")]
+        forms.append(cluster.translate(EQUIVALENTS))
+        forms += [unicodedata.normalize(form, cluster) for form in ("NFKC", "NFKD")]
+        forms += [form.swapcase() for form in forms]
+        for form in forms:
+            if self.known.issuperset(form):
+                return form
+        for form in forms:
+            known_part = "".join(c for c in form if c in self.known)
+            if known_part:
+                return known_part
+        return ""
 
 
-# ---- model ---------------------------------------------------------------------------------------
+# ---- network -------------------------------------------------------------------------------------
 # GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Share of each key k (B, H, S, D) in the output of each query q (B, H, T, D): (B, H, T, S).
+
+    The T queries are the last T of S positions, so query t is at position S - T + t. It may attend
+    to a key at its own position or before: the mask is True where a key is later than the query.
+    source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
+    """
+    T, D = q.shape[2:]
+    S = k.shape[2]
+    position = torch.arange(S, device=q.device)  # (S,)
+    is_later = position > position[S - T :, None]  # (T, S)
+    scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
+    scores = scores.masked_fill(is_later, -torch.inf)
+    return torch.softmax(scores, dim=-1)  # (B, H, T, S)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal scaled dot-product attention: (B, H, T, D)."""
+    return attention_weights(q, k) @ v
+
+
+class KVCache:
+    """Keys and values of every layer for the positions read so far."""
+
+    def __init__(self, network: GPT, batch_size: int):
+        c = network.config
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.kv = network.wte.weight.new_zeros(shape)  # (L, 2, B, H, block_size, D)
+        self.length = 0
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def repeat(self, batch_size: int) -> None:
+        """One text becomes `batch_size` equal ones."""
+        self.kv = self.kv.repeat(1, 1, batch_size, 1, 1, 1)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, H, T, D) of the next T positions; returns all so far (B, H, S, D)."""
+        end = self.length + k.shape[2]
+        keys, values = self.kv[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, n: int) -> None:
+        """Count `n` more positions, after every layer has appended them."""
+        self.length += n
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention."""
 
+    attend = staticmethod(attention)  # a fast path may replace it in a network
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
+        self.n_head = config.n_head
+        self.layer = layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, D) of x (B, T, C)."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k, v = qkv.unbind()
-        if cache:
-            k, v = cache.update(self.layer, qkv[1:])  # (B, H, S, D)
-        y = attention(q, k, v)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return qkv.permute(2, 0, 3, 1, 4).unbind()  # 3 times (B, H, T, D)
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal scaled dot-product attention of q (B, H, T, D) to k and v (B, H, S, D): (B, H, T, D).
-
-    The T queries are the last of S positions: query t attends to keys 0 to S - T + t.
-    source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
-    """
-    (B, H, T, D), S = q.shape, k.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:  # twice as fast
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D)
-        mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
-        scores = torch.baddbmm(mask, q, k.mT, alpha=D**-0.5)  # (B * H, T, S)
-        return (torch.softmax(scores, dim=-1) @ v).view(B, H, T, D)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
-
-
-class KVCache:
-    """Keys and values of every layer for the cached positions: (L, 2, B, H, block_size, D)."""
-
-    def __init__(self, model: GPT, batch_size: int):
-        c = model.config
-        shape = c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head
-        self.kv, self.length = model.wte.weight.new_zeros(shape), 0
-
-    def update(self, layer: int, kv: Tensor) -> Tensor:
-        """Append kv (2, B, H, T, D) to `layer`; returns all of it so far (2, B, H, S, D)."""
-        end = self.length + kv.shape[3]
-        self.kv[layer, :, :, :, self.length : end] = kv
-        return self.kv[layer, :, :, :, :end]
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.project(x)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+        y = self.attend(q, k, v)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -304,8 +392,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # GPT-2 has the tanh approximation of GELU (Hendrycks and Gimpel 2016, section 2). In
         # training on a CPU exact GELU takes half the time; it differs by at most 0.0005.
-        approximate = "none" if self.training and x.device.type == "cpu" else "tanh"
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=approximate))
+        use_exact = self.training and x.device.type == "cpu"
+        x = self.c_fc(x)  # (B, T, 4 C)
+        x = F.gelu(x, approximate="none" if use_exact else "tanh")
+        return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -313,13 +403,16 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config, layer)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.drop = nn.Dropout(config.dropout or 0.0)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), cache))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
 
 
 class GPT(nn.Module):
@@ -330,32 +423,56 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout or 0.0)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        wide = (2 * config.n_embd) ** -0.5  # GPT-2 has 0.02; a step of Muon is larger than AdamW's
-        std = dict(wte=0.02, wpe=0.02, c_attn=wide, c_fc=wide, c_proj=0.0)  # blocks begin as x -> x
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=std[name.split(".")[-2]])
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
+        self.init_weights()
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) of what follows each of `ids` (B, T), which follow the `cache`."""
-        start = cache.length if cache else 0
+    def init_weights(self) -> None:
+        """First weights. GPT-2's linear layers begin with 0.02; Muon's steps are larger."""
+        std = (2 * self.config.n_embd) ** -0.5
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+        for block in self.h:
+            nn.init.normal_(block.attn.c_attn.weight, std=std)
+            nn.init.zeros_(block.attn.c_proj.weight)  # a block begins as x -> x
+            nn.init.normal_(block.mlp.c_fc.weight, std=std)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def embed(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Token plus position embedding (B, T, C) of ids (B, T) from position `start` on."""
         end = start + ids.shape[1]
         if end > self.config.block_size:
             raise IndexError(f"{end} positions exceed block_size {self.config.block_size}")
-        x = self.drop(self.wte(ids) + self.wpe.weight[start:end])  # (B, T, C)
+        return self.wte(ids) + self.wpe.weight[start:end]
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Residual stream (B, T, C) after the last block; `ids` (B, T) follow those in `cache`."""
+        start = 0 if cache is None else cache.length
+        x = self.drop(self.embed(ids, start))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
-        if cache:
-            cache.length = end
-        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of the next character, read from a residual stream x (..., C)."""
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of the character that follows each of `ids` (B, T)."""
+        return self.logits(self.hidden(ids, cache))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over `targets` (B, T); the unknown character does not count."""
     logits = logits.flatten(0, 1).float()  # (B * T, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=0, reduction="sum")
@@ -365,39 +482,23 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 # Matrices of the blocks: Muon. Embeddings, LayerNorms and biases: AdamW.
 
 
-@dataclass(frozen=True)
-class TrainConfig(Config):
-    """How a model is trained; part of every model file."""
-
-    max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
-    batch_size: int | None = option(None, "windows per step (default: CPU 6, GPU 16)", 1, 100_000)
-    grad_accum: int = option(1, "micro-batches per step: less memory, same result", 1, 100_000)
-    muon_learning_rate: float = option(0.02, "peak rate of Muon: matrices of the blocks", 0.0, 10.0)
-    learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
-    weight_decay: float = option(0.1, "of Muon's matrices, as a multiple of their rate", 0.0, 10.0)
-    warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
-    eval_interval: int = option(250, "steps between evaluations", 1, 100_000_000)
-    checkpoint_interval: float = option(60.0, "seconds between checkpoints, or more", 0.0, 1e9)
-    seed: int = option(1337, "of first weights, data order and dropout", 0, 2**63 - 1)
-    init: str | None = option(None, "model file with the first weights, to train on from")
-
-
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """Multiplier of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
-    Most schedules decay to zero; here the moving average (ema_weight) replaces the last part.
+    Most schedules decay to zero; here the moving average (ema_rate) replaces the last part.
     """
     warmup = min(cfg.warmup_steps, cfg.max_steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.2 + 0.8 * ((cfg.max_steps - step) / (cfg.max_steps - warmup)) ** 1.5
+    remaining = (cfg.max_steps - step) / (cfg.max_steps - warmup)  # from 1 to 0
+    return 0.2 + 0.8 * remaining**1.5
 
 
-def ema_weight(step: int) -> float:
-    """1 - decay of the moving average (EMA) of the weights after `step` steps.
+def ema_rate(step: int) -> float:
+    """Share of the newest weights in the exponential moving average (EMA) after `step` steps.
 
     The average, over about the last eighth of the run so far, is what is evaluated and saved: the
-    weights of a single step memorise and fluctuate more.
+    weights of a single step memorize and fluctuate more.
     source: power function EMA, to first order, of Karras et al. 2024, "Analyzing and Improving the
     Training Dynamics of Diffusion Models", section 3.1
     """
@@ -411,14 +512,15 @@ def newton_schulz(X: Tensor) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # the slope at zero is as large as convergence allows
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):  # X <- a X + b (X X') X + c (X X')^2 X
+    for _ in range(5):
         A = X @ X.mT  # (N, rows, rows)
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X
 
 
 class Muon:
-    """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024), for matrices.
+    """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), for matrices.
 
     The gradient of a weight matrix is dominated by a few directions, whose singular values exceed
     the others by orders of magnitude: an update in proportion hardly learns the rare directions.
@@ -428,45 +530,80 @@ class Muon:
     columns / 2 rows: half of the arithmetic, and a slightly lower loss.
     """
 
-    def __init__(self, weights: list[Tensor], cfg: TrainConfig, dtype: torch.dtype, momentum=0.9):
-        self.cfg, self.dtype, self.momentum = cfg, dtype, momentum
-        self.stacks: dict[tuple[int, int], list[Tensor]] = {}
-        for weight in weights:
-            rows, columns = weight.shape
-            if rows > columns:
-                rows = columns // 2 if columns % 2 == 0 else columns
-            self.stacks.setdefault((rows, columns), []).append(weight)
-        self.buffers = [  # momentum of each stack: (N, rows, columns)
-            torch.cat([torch.zeros_like(w).view(-1, *shape) for w in stack])
-            for shape, stack in self.stacks.items()
-        ]
+    def __init__(self, weights: dict[str, Tensor], cfg: TrainConfig, dtype: torch.dtype):
+        self.cfg = cfg
+        self.dtype = dtype  # of Newton-Schulz
+        self.beta = 0.9  # decay of the momentum
+        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and their momentum
+        self.momentum: dict[str, Tensor] = {}  # the same momentum by the name of the weight
+        names_by_shape = {}
+        for name, weight in weights.items():
+            names_by_shape.setdefault(self.group_shape(weight), []).append(name)
+        for (rows, columns), names in names_by_shape.items():
+            stack = [weights[name] for name in names]
+            lengths = [len(weight) for weight in stack]
+            momentum = stack[0].new_zeros(sum(lengths) // rows, rows, columns)
+            self.stacks.append((stack, momentum))
+            parts = momentum.flatten(0, 1).split(lengths)
+            self.momentum |= zip(names, parts, strict=True)
+
+    @staticmethod
+    def group_shape(weight: Tensor) -> tuple[int, int]:
+        rows, columns = weight.shape
+        if rows > columns:
+            rows = columns // 2 if columns % 2 == 0 else columns
+        return rows, columns
 
     @torch.no_grad()
     def step(self, scale: Tensor) -> None:
         """One update at `scale`, a scalar on the device, times the peak rate."""
         minus_lr = -self.cfg.muon_learning_rate * scale
         decay = 1 + minus_lr * self.cfg.weight_decay
-        for weights, buffer in zip(self.stacks.values(), self.buffers, strict=True):
-            grad = torch.cat([w.grad.reshape(-1, *buffer.shape[1:]) for w in weights])
-            buffer.lerp_(grad, 1 - self.momentum)
-            nesterov_grad = grad.lerp_(buffer, self.momentum)  # (N, rows, columns)
-            update = newton_schulz(nesterov_grad.to(self.dtype)).float().flatten(0, 1)
-            rows = [len(weight) for weight in weights]
-            for weight, part in zip(weights, update.split(rows), strict=True):
+        for weights, momentum in self.stacks:
+            grads = [weight.grad for weight in weights]
+            grad = torch.cat(grads).view_as(momentum)  # (N, rows, columns)
+            momentum.lerp_(grad, 1 - self.beta)
+            nesterov_grad = grad.lerp_(momentum, self.beta)  # (N, rows, columns)
+            update = newton_schulz(nesterov_grad.to(self.dtype))
+            lengths = [len(weight) for weight in weights]
+            parts = update.float().flatten(0, 1).split(lengths)  # one (rows, columns) per weight
+            for weight, part in zip(weights, parts, strict=True):
                 weight.mul_(decay).addcmul_(part, minus_lr)
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def split_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class TextInfo(NamedTuple):
+    """Which text it was: names, SHA-256 of its UTF-8 bytes, number of characters."""
+
+    names: list[str]
+    sha256: str
+    characters: int
+
+
+class Corpus(NamedTuple):
+    """A text to train or to evaluate on."""
+
+    info: TextInfo
+    tokenizer: Tokenizer
+    ids: ndarray  # (N,)
+
+    @classmethod
+    def from_text(cls, text: str, name: str = "text") -> Corpus:
+        tokenizer = Tokenizer(build_vocab(text))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        return cls(TextInfo([name], sha256, len(text)), tokenizer, tokenizer.encode(text))
+
+
+def split_ids(ids: ndarray) -> tuple[ndarray, ndarray]:
     """Training part, the first 90%, and validation part, at most a million characters."""
     n = max(len(ids) * 9 // 10, len(ids) - 1_000_000)
     return ids[:n], ids[n:]
 
 
 @lru_cache(maxsize=2)
-def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> np.ndarray:
+def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> ndarray:
     """Where the windows of an epoch begin: non-overlapping, with a random phase, permuted."""
     n_windows = (n_ids - block_size - 1) // block_size
     rng = np.random.default_rng((seed, epoch))
@@ -474,229 +611,308 @@ def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> np.ndar
     return phase + block_size * rng.permutation(n_windows)
 
 
-def get_batch(ids: np.ndarray, step: int, cfg: TrainConfig, block_size: int) -> Tensor:
+def get_batch(ids: ndarray, step: int, cfg: TrainConfig, block_size: int) -> Tensor:
     """Windows (B, T + 1) of `step`: a function of seed and step, so resuming needs no state."""
-    offsets = lambda epoch: epoch_offsets(epoch, len(ids), block_size, cfg.seed)
-    first, n = step * cfg.batch_size, len(offsets(0))  # windows so far, and in an epoch
-    starts = [offsets(i // n)[i % n] for i in range(first, first + cfg.batch_size)]
-    windows = np.stack([ids[start : start + block_size + 1] for start in starts])  # (B, T + 1)
-    return torch.from_numpy(windows.astype("i8"))
+    n_windows = len(epoch_offsets(0, len(ids), block_size, cfg.seed))
+    first = step * cfg.batch_size
+    windows = []
+    for i in range(first, first + cfg.batch_size):
+        epoch, position = divmod(i, n_windows)
+        offsets = epoch_offsets(epoch, len(ids), block_size, cfg.seed)
+        start = offsets[position]
+        windows.append(ids[start : start + block_size + 1])
+    return torch.from_numpy(np.stack(windows).astype("i8"))
 
 
-def logit_scale(epochs: float) -> float:
-    """Multiplier of the logits in training only, against overconfidence on a repeated text.
-
-    Without it validation loss would be lowest at a temperature of 1.15.
-    """
-    return 1.0 if epochs < 4 else 1.15
+def to_tensor(ids: ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(ids.astype("i8")).to(device)
 
 
-def validation_size(cfg: TrainConfig, block_size: int) -> int:
-    """Characters of an evaluation during training, so that it takes below 10% of the time.
-
-    A character takes a third of the time that it takes in training (measured on a CPU).
-    """
-    return max(20_000, cfg.eval_interval * cfg.batch_size * block_size // 3)
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Context in which matrix products are computed in bfloat16, if `dtype` is bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, ids: np.ndarray, dtype=torch.float32, ctx=None) -> tuple[float, int]:
+def evaluate(network: GPT, ids: ndarray, dtype=torch.float32) -> tuple[float, int]:
     """Mean loss in nats per character over the text `ids` (N,), and the number of characters.
 
     Windows of block_size do not overlap, and the last one is shorter: every known character but
-    the first is predicted once. The ranks share the work.  raises: UserError if there is none
+    the first is predicted once.  raises: UserError if there is none
     """
-    ctx, T, device = ctx or DistributedContext(), model.config.block_size, model.wte.weight.device
+    T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
     require(count, "no character of the text to evaluate on is known; take another text")
-    rows = max(1, min(32, (1 << 24) // (T * model.config.vocab_size)))  # at most 64 MB of logits
-    ids = np.pad(ids, (0, (1 - len(ids)) % T))  # id 0 as a target does not count
-    windows = ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)  # (N, T) inputs and targets
-    total = torch.zeros((), dtype=torch.float64)
-    model.eval()
-    for i in range(ctx.rank * rows, len(windows[0]), ctx.world_size * rows):
-        x, y = (torch.from_numpy(w[i : i + rows].astype("i8")).to(device) for w in windows)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(x)  # (rows, T, V)
-        total += cross_entropy(logits, y).cpu()
-    return ctx.all_reduce(total).item() / count, count
+    padding = (1 - len(ids)) % T  # so that whole windows remain; id 0 as a target does not count
+    ids = np.pad(ids, (0, padding))
+    inputs = ids[:-1].reshape(-1, T)  # (N, T)
+    targets = ids[1:].reshape(-1, T)  # (N, T)
+    rows = (1 << 24) // (T * network.config.vocab_size)  # at most 64 MB of logits
+    rows = max(1, min(32, rows))
+    was_training = network.training
+    network.eval()
+    total = 0.0
+    for i in range(0, len(inputs), rows):
+        x = to_tensor(inputs[i : i + rows], network.device)  # (rows, T)
+        y = to_tensor(targets[i : i + rows], network.device)  # (rows, T)
+        with autocast(network.device, dtype):
+            logits = network(x)  # (rows, T, V)
+        total += cross_entropy_sum(logits, y).item()
+    network.train(was_training)
+    return total / count, count
 
 
-def weights_are_sane(network: GPT) -> bool:
-    return bool(nn.utils.get_total_norm(network.parameters()) < 1e6)  # neither huge nor NaN
+class Evaluation(NamedTuple):
+    """A row of the loss history; losses in nats per character."""
+
+    step: int
+    training_loss: float  # mean over the steps since the last evaluation
+    validation_loss: float
+
+
+class Diverged(UserError):
+    """The loss or a weight is not finite, or the model is worse than a uniform guess."""
 
 
 class Trainer:
-    """A training run: text, network, optimizers and progress. A checkpoint has all but the text."""
+    """A training run: text, network, optimizers and progress.
 
-    def __init__(self, config: GPTConfig, cfg: TrainConfig, corpus, device, dtype, ctx=None):
-        self.cfg, self.corpus, self.device, self.dtype = cfg, corpus, device, dtype
-        self.ctx = ctx or DistributedContext()
+    trainer = Trainer(Corpus.from_text(text), GPTConfig(), TrainConfig(max_steps=400))
+    trainer.fit()
+    print(trainer.best_model().generate("It was"))
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: GPTConfig,
+        cfg: TrainConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.corpus = corpus
+        self.device = torch.device(device)
+        self.dtype = dtype  # of the matrix products: float32 or bfloat16
         self.train_ids, val_ids = split_ids(corpus.ids)
-        self.val_ids = val_ids[: validation_size(cfg, config.block_size)]
-        self.epochs = cfg.max_steps * cfg.batch_size * config.block_size / len(self.train_ids)
-        if config.dropout is None:  # the more often a text is repeated, the sooner it is memorised
-            rate = 0.0 if self.epochs < 25 else 0.1 if self.epochs < 80 else 0.2
-            config = replace(config, dropout=rate)
-        config = replace(config, vocab_size=len(corpus.tokenizer))
+        T = config.block_size
+        self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type)
+        # A tenth of the time goes to evaluation: a character takes a third of its time in training.
+        n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
+        self.val_ids = val_ids[:n_val]
+
         torch.manual_seed(cfg.seed)
-        self.model = GPT(config).to(device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()  # see ema_weight
-        self.step, self.history = 0, []  # history: [step, training loss, validation loss]
-        self.best, self.best_loss = {}, math.inf  # weights with the lowest validation loss
-        self.loss_sum = torch.zeros((), device=device)  # of the steps since the last evaluation
-        matrices = [p for p in self.model.h.parameters() if p.dim() == 2]
-        others = [p for p in self.model.parameters() if all(p is not m for m in matrices)]
-        self.muon = Muon(matrices, cfg, dtype)
-        how = dict(weight_decay=0, fused=True, capturable=device.type == "cuda")
-        self.adamw = torch.optim.AdamW(others, torch.zeros((), device=device), (0.9, 0.99), **how)
+        config = replace(config, vocab_size=len(corpus.tokenizer), dropout=cfg.dropout)
+        self.network = self.make_network(config).to(self.device)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()  # see ema_rate
+        self.init_optimizers()
+
+        self.steps_done = 0
+        self.history: list[Evaluation] = []
+        self.best_weights: dict[str, Tensor] = {}  # those with the lowest validation loss
+        self.best_loss = math.inf
+
+        # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
+        self.batch = torch.zeros(cfg.batch_size, T + 1, dtype=torch.long, device=self.device)
+        self.n_targets = torch.ones((), device=self.device)
+        self.lr_scale = torch.zeros((), device=self.device)
+        self.ema_rate = torch.zeros((), device=self.device)
+        self.step_loss = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
+
+    def make_network(self, config: GPTConfig) -> GPT:
+        return GPT(config)
+
+    def init_optimizers(self) -> None:
+        matrices = {}
+        others = []
+        for name, parameter in self.network.named_parameters():
+            if name.startswith("h.") and parameter.dim() == 2:
+                matrices[name] = parameter
+            else:
+                others.append(parameter)
+        self.muon = Muon(matrices, self.cfg, self.dtype)
+        self.adamw = torch.optim.AdamW(
+            others,
+            lr=torch.zeros((), device=self.device),
+            betas=(0.9, 0.99),
+            weight_decay=0,
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
         for p in others:  # AdamW creates its state lazily; a checkpoint needs it earlier
-            shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-            self.adamw.state[p] = {name: p.new_zeros(shape) for name, shape in shapes.items()}
+            state = self.adamw.state[p]
+            state["step"] = torch.zeros((), device=self.device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+
+    # A step is set_inputs(), then update(), which a CUDA graph can replay.
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.set_inputs()
+        self.update()
+        self.steps_done += 1
+
+    def set_inputs(self) -> None:
+        """The windows and the rates of this step."""
+        T = self.network.config.block_size
+        windows = get_batch(self.train_ids, self.steps_done, self.cfg, T)  # (B, T + 1)
+        self.batch.copy_(self.local_rows(windows))
+        n_known = torch.count_nonzero(windows[:, 1:])
+        self.n_targets.fill_(n_known.clamp(min=1))
+        self.lr_scale.fill_(lr_scale(self.steps_done, self.cfg))
+        self.ema_rate.fill_(ema_rate(self.steps_done + 1))
+        if self.cfg.dropout:  # its masks are a function of seed and step: resuming needs no state
+            self.seed_dropout()
+
+    def update(self) -> None:
+        """Gradients of the batch, both optimizers, the average."""
+        self.backward()
+        self.loss_sum += self.step_loss
+        # No gradient clipping: Muon's update has a fixed size, and AdamW normalizes its own.
+        lr = self.adamw.param_groups[0]["lr"]
+        lr.copy_(self.cfg.learning_rate * self.lr_scale)
+        self.adamw.step()
+        self.muon.step(self.lr_scale)
+        with torch.no_grad():
+            for mean, p in zip(self.ema.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(p, self.ema_rate)
+
+    def backward(self) -> None:
+        """Gradients and `step_loss`, the mean loss in nats, of `batch`."""
+        self.network.train()
+        self.network.zero_grad()
+        self.step_loss.zero_()
+        for part in self.batch.chunk(self.cfg.grad_accum):
+            x = part[:, :-1]  # (B / grad_accum, T)
+            y = part[:, 1:]  # (B / grad_accum, T), the characters that follow
+            with autocast(self.device, self.dtype):
+                logits = self.network(x)  # (B / grad_accum, T, V)
+            loss = cross_entropy_sum(self.cfg.logit_scale * logits, y) / self.n_targets
+            loss.backward()
+            self.step_loss += loss.detach()
+
+    def local_rows(self, windows: Tensor) -> Tensor:
+        """Those of the windows (B, T + 1) that this process computes: all."""
+        return windows
+
+    def seed_dropout(self, rank: int = 0) -> None:
+        sequence = np.random.SeedSequence([self.cfg.seed, self.steps_done, rank])
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.get_device_module(self.device).manual_seed(seed)
+
+    def validate(self) -> float:
+        """Validation loss of the averaged weights in nats per character."""
+        loss, _ = evaluate(self.ema, self.val_ids, self.dtype)
+        return loss
 
     def evaluate(self) -> None:
-        """Append both losses to the history, and keep the best weights.
-
-        raises: UserError if the run has diverged: a loss or a weight is not finite, or the loss
-        ends above that of a uniform guess
-        """
-        cfg, n_steps = self.cfg, self.step - (self.history[-1][0] if self.history else 0)
-        training = float(self.loss_sum) / max(1, n_steps)
-        validation, _ = evaluate(self.ema, self.val_ids, self.dtype, self.ctx)
-        uniform, is_last = math.log(self.model.config.vocab_size), self.step == cfg.max_steps
-        is_finite = math.isfinite(training + validation) and weights_are_sane(self.ema)
-        if not is_finite or (is_last and validation > 1.1 * uniform):
-            fix = f"--muon-learning-rate {cfg.muon_learning_rate / 3:.2g}"
-            fix += f" --learning-rate {cfg.learning_rate / 3:.2g} --restart"
-            raise UserError(f"diverged at step {self.step:,}, loss {validation:,.4g}; try {fix}")
+        """Append both losses to the history, and keep the best weights.  raises: Diverged"""
+        last_step = self.history[-1].step if self.history else 0
+        training_loss = float(self.loss_sum) / max(1, self.steps_done - last_step)
+        validation_loss = self.validate()
+        self.check_divergence(training_loss, validation_loss)
         self.loss_sum.zero_()
-        if self.step:  # the first weights of --init have no training loss
-            self.history.append([self.step, round(training, 6), round(validation, 6)])
-        if validation < self.best_loss:
-            self.best_loss = validation
-            self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
+        if self.steps_done:  # the first weights of a fine-tuning have no training loss
+            row = Evaluation(self.steps_done, round(training_loss, 6), round(validation_loss, 6))
+            self.history.append(row)
+        if validation_loss < self.best_loss:
+            self.best_loss = validation_loss
+            self.best_weights = {n: p.clone() for n, p in self.ema.named_parameters()}
 
-    def overfits(self) -> bool:
-        """Whether validation loss was above its best five times while training loss fell."""
-        best = min(range(len(self.history)), key=lambda i: self.history[i][2], default=0)
-        later = self.history[best + 1 :]
-        return len(later) >= 5 and all(row[1] < self.history[best][1] for row in later[-5:])
+    def check_divergence(self, training_loss: float, validation_loss: float) -> None:
+        cfg = self.cfg
+        uniform = math.log(self.network.config.vocab_size)
+        is_finite = math.isfinite(training_loss + validation_loss) and weights_are_sane(self.ema)
+        is_late = self.best_loss < uniform or self.steps_done == cfg.max_steps
+        if is_finite and not (is_late and validation_loss > 1.1 * uniform):
+            return
+        fix = f"`muon_learning_rate={cfg.muon_learning_rate / 3:.2g}`"
+        fix += f" `learning_rate={cfg.learning_rate / 3:.2g}` `restart`"
+        at = f"step {self.steps_done:,}, loss {validation_loss:,.4g}"
+        raise Diverged(f"diverged at {at}; try {fix}")
+
+    def fit(
+        self,
+        on_evaluation: Callable[[Trainer], None] = lambda trainer: None,
+        should_stop: Callable[[Trainer], bool] = lambda trainer: False,
+    ) -> None:
+        """The training loop: until max_steps, or until `should_stop`, called after each step.
+
+        raises: Diverged
+        """
+        # A fine-tuning begins with its first weights as the best, so it never ends worse.
+        if self.steps_done == 0 and self.cfg.init:
+            self.evaluate()
+        while self.steps_done < self.cfg.max_steps:
+            # Forward pass, backward pass, optimizers, average.
+            self.step()
+            # Both losses, regularly, and once early on.
+            is_due = self.steps_done % self.cfg.eval_interval == 0
+            if is_due or self.steps_done in (50, self.cfg.max_steps):
+                self.evaluate()
+                on_evaluation(self)
+            # Progress, checkpoints and Ctrl-C are the caller's.
+            if should_stop(self):
+                break
 
     def metadata(self) -> Metadata:
-        """Header of a checkpoint, or of the model file."""
-        config, vocab = asdict(self.model.config), self.corpus.tokenizer.characters
-        dtype = str(self.dtype).removeprefix("torch.")
-        training = asdict(self.cfg) | dict(device=self.device.type, dtype=dtype)
-        loss = self.best_loss if self.best else None
-        return Metadata(config, vocab, self.corpus.data, training, self.step, loss, self.history)
+        training = asdict(self.cfg)
+        training["device"] = self.device.type
+        training["dtype"] = str(self.dtype).removeprefix("torch.")
+        return Metadata(
+            config=self.network.config,
+            characters=self.corpus.tokenizer.characters,
+            data=self.corpus.info,
+            training=training,
+            step=self.steps_done,
+            validation_loss=self.best_loss if self.best_weights else None,
+            history=list(self.history),
+        )
+
+    def best_model(self) -> Model:
+        """The weights with the lowest validation loss; before an evaluation, the averaged ones."""
+        network = copy.deepcopy(self.ema)
+        if self.best_weights:
+            network.load_state_dict(self.best_weights)
+        return Model(network, self.corpus.tokenizer, self.metadata())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by name, not copies."""
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        tensors |= {f"ema.{name}": p for name, p in self.ema.named_parameters()}
-        tensors |= {f"best.{name}": p for name, p in self.best.items()}
-        tensors |= {f"muon.{i}": buffer for i, buffer in enumerate(self.muon.buffers)}
-        for i, state in enumerate(self.adamw.state.values()):
-            tensors |= {f"adamw.{i}.{name}": value for name, value in state.items()}
-        return tensors | dict(loss_sum=self.loss_sum)
+        """All tensors of a checkpoint by name: what a step changes, and the best weights."""
+        tensors = {"loss_sum": self.loss_sum}
+        average = dict(self.ema.named_parameters())
+        for name, weight in self.network.named_parameters():
+            tensors[f"model.{name}"] = weight
+            tensors[f"ema.{name}"] = average[name]
+            if self.best_weights:
+                tensors[f"best.{name}"] = self.best_weights[name]
+            if name in self.muon.momentum:
+                tensors[f"muon.{name}"] = self.muon.momentum[name]
+            for key, value in self.adamw.state.get(weight, {}).items():
+                tensors[f"adamw.{name}.{key}"] = value
+        return tensors
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-        """Continue from a `state_dict`.  raises: LookupError, RuntimeError or TypeError"""
-        self.step, self.history = metadata.step, metadata.history
+        """Continue from a checkpoint.  raises: UserError if it has other tensors"""
+        self.steps_done = metadata.step
+        self.history = list(metadata.history)
         if metadata.validation_loss is not None:
             self.best_loss = metadata.validation_loss
-            self.best = {n: p.clone() for n, p in self.ema.named_parameters()}
+            self.best_weights = {n: p.clone() for n, p in self.ema.named_parameters()}
         for name, tensor in self.state_dict().items():
-            tensor.copy_(tensors[name].view_as(tensor))
+            saved = tensors.get(name)
+            is_same = saved is not None and saved.shape == tensor.shape
+            require(is_same, f"its tensor {name} is not that of this run")
+            tensor.copy_(saved)
 
 
-class CudaGraph:
-    """Replays `fn` as one CUDA graph: a small network is bound by the launches of its kernels.
-
-    Not yet run on a GPU. `fn` must leave its tensors where they are and never wait for the device.
-    """
-
-    def __init__(self, fn: Callable[[], None]):
-        self.fn, self.stream, self.calls = fn, torch.cuda.Stream(), 0
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.calls == 4:  # after a warm-up on the stream of the capture
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=self.stream):
-                    self.fn()
-                self.fn = graph.replay
-            except RuntimeError as error:
-                log(f"NOTE: no CUDA graph ({first_line(error)}); slower without")
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.fn()
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-
-def training_loop(t: Trainer, display, save_checkpoint, stop_requested) -> None:
-    """The training loop: until cfg.max_steps, or until `stop_requested()` on some rank.
-
-    display: has update(), for each step, and evaluation(); save_checkpoint: gets whether the loop
-    stops; stop_requested: true after Ctrl-C (see stop_signals).  raises: UserError if it diverges
-    """
-    cfg, model, ctx, T = t.cfg, t.model, t.ctx, t.model.config.block_size
-    local_rows = lambda windows: windows.tensor_split(ctx.world_size)[ctx.rank]  # (B / ranks, ...)
-    # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
-    batch = local_rows(torch.zeros(cfg.batch_size, T + 1, dtype=torch.long)).to(t.device)
-    n_targets, scale, weight = torch.ones(3, device=t.device)
-    is_cpu = t.device.type == "cpu"  # torch.manual_seed takes 0.3 ms: it seeds every device
-    rng = torch.default_generator if is_cpu else torch.get_device_module(t.device)
-
-    def train_step() -> None:
-        model.zero_grad()
-        step_loss = torch.zeros_like(t.loss_sum)
-        for part in batch.chunk(cfg.grad_accum):
-            x, y = part[:, :-1], part[:, 1:]  # (B / grad_accum, T) inputs, targets
-            with torch.autocast(t.device.type, torch.bfloat16, enabled=t.dtype == torch.bfloat16):
-                logits = model(x)  # (B / grad_accum, T, V)
-            loss = cross_entropy(logit_scale(t.epochs) * logits, y) / n_targets
-            loss.backward()
-            step_loss += loss.detach()
-        ctx.all_reduce_gradients(model)
-        t.loss_sum += ctx.all_reduce(step_loss)
-        # No gradient clipping: Muon's update has a fixed size, and AdamW normalises its own.
-        t.adamw.param_groups[0]["lr"].copy_(cfg.learning_rate * scale)
-        t.adamw.step()
-        t.muon.step(scale)
-        with torch.no_grad():
-            for ema_p, p in zip(t.ema.parameters(), model.parameters(), strict=True):
-                ema_p.lerp_(p, weight)
-
-    use_graph = t.device.type == "cuda" and ctx.world_size == 1
-    run_step = CudaGraph(train_step) if use_graph else train_step
-    next_save = time.monotonic() + cfg.checkpoint_interval
-    if t.step == 0 and cfg.init:
-        t.evaluate()  # so that a run never ends worse than it began
-    model.train()
-    while t.step < cfg.max_steps:
-        windows = get_batch(t.train_ids, t.step, cfg, T)  # (B, T + 1)
-        batch.copy_(local_rows(windows))
-        n_targets.fill_((windows[:, 1:] != 0).sum().clamp(min=1))
-        scale.fill_(lr_scale(t.step, cfg))
-        weight.fill_(ema_weight(t.step + 1))
-        rng.manual_seed(hash((cfg.seed, t.step, ctx.rank)))  # of dropout: resuming needs no state
-        run_step()
-        t.step += 1
-        if t.step % cfg.eval_interval == 0 or t.step in (50, cfg.max_steps):  # 50: an early sign
-            t.evaluate()
-            display.evaluation()
-        display.update()
-        started = time.monotonic()
-        stop, due = ctx.any_rank(stop_requested(), started > next_save)
-        if (stop or due) and t.step < cfg.max_steps:
-            save_checkpoint(stop)
-            now = time.monotonic()  # saving takes at most 1% of the time
-            next_save = now + max(cfg.checkpoint_interval, 100 * (now - started))
-        if stop:
-            return
+def weights_are_sane(network: GPT) -> bool:
+    """Neither huge nor NaN."""
+    return bool(nn.utils.get_total_norm(network.parameters()) < 1e6)
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -706,7 +922,7 @@ def training_loop(t: Trainer, display, save_checkpoint, stop_requested) -> None:
 class SampleConfig(Config):
     """How the next character is drawn. By default top-k, top-p and min-p are off.
 
-    A new setting is a field here, its code in process_logits, and a name in Chat.do_probs.
+    A new setting is a field here, its code in process_logits, and a name in PROCESSORS.
     """
 
     temperature: float = option(0.7, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
@@ -719,13 +935,16 @@ class SampleConfig(Config):
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+PROCESSORS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # in their order
+
+
+def softmax(logits: ndarray) -> ndarray:
     """Probabilities (..., V) of logits (..., V)."""
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
 
 
-def process_logits(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray) -> np.ndarray:
+def process_logits(logits: ndarray, cfg: SampleConfig, seen: ndarray) -> ndarray:
     """Logits (B, V) after penalty, temperature, top-k, top-p and min-p; -inf where excluded.
 
     seen (B, V): True for characters that already occurred, which the penalty makes less likely
@@ -733,26 +952,33 @@ def process_logits(logits: np.ndarray, cfg: SampleConfig, seen: np.ndarray) -> n
     Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text
     Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p)
     """
-    penalty = cfg.repetition_penalty
-    if penalty != 1:
-        logits = np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if cfg.repetition_penalty != 1:
+        penalty = cfg.repetition_penalty
+        penalized = np.where(logits < 0, logits * penalty, logits / penalty)
+        logits = np.where(seen, penalized, logits)
     if cfg.temperature not in (0, 1):
         logits = logits / max(cfg.temperature, 1e-6)  # less would overflow, and change nothing
     if 0 < cfg.top_k < logits.shape[-1]:
         kth = np.partition(logits, -cfg.top_k)[:, -cfg.top_k, None]  # (B, 1)
         logits = np.where(logits < kth, -np.inf, logits)
     if cfg.top_p < 1:
+        # With top_p 0.8, probabilities of  0.1  0.2  0.3  0.4
+        # add up to                         0.1  0.3  0.6  1.0
+        # and those up to 0.2 are excluded:  x
         order = logits.argsort(kind="stable")  # (B, V), ascending
-        tail = softmax(np.take_along_axis(logits, order, -1)).cumsum(-1) <= 1 - cfg.top_p
-        tail[:, -1] = False  # the likeliest stays, whatever top_p
-        logits = np.where(np.take_along_axis(tail, order.argsort(), -1), -np.inf, logits)
+        probs = softmax(np.take_along_axis(logits, order, -1))
+        excluded = probs.cumsum(-1) <= 1 - cfg.top_p
+        excluded[:, -1] = False  # the likeliest stays, whatever top_p
+        excluded = np.take_along_axis(excluded, order.argsort(), -1)  # in the order of the ids
+        logits = np.where(excluded, -np.inf, logits)
     if cfg.min_p > 0:
         probs = softmax(logits)
-        logits = np.where(probs < cfg.min_p * probs.max(-1, keepdims=True), -np.inf, logits)
+        threshold = cfg.min_p * probs.max(-1, keepdims=True)  # (B, 1)
+        logits = np.where(probs < threshold, -np.inf, logits)
     return logits
 
 
-def sample(logits: np.ndarray, cfg: SampleConfig, rngs: list, seen: np.ndarray) -> np.ndarray:
+def sample(logits: ndarray, cfg: SampleConfig, rngs: list, seen: ndarray) -> ndarray:
     """Ids (B,) drawn from logits (B, V), each row with its own generator; never U+FFFD (id 0).
 
     source: Gumbel-max trick, Maddison et al. 2014, "A* Sampling": argmax(logits + Gumbel noise)
@@ -762,7 +988,9 @@ def sample(logits: np.ndarray, cfg: SampleConfig, rngs: list, seen: np.ndarray) 
     logits[:, 0] = -np.inf
     logits = process_logits(logits, cfg, seen)
     if cfg.temperature > 0:
-        logits = logits + np.stack([rng.gumbel(size=logits.shape[-1]) for rng in rngs])
+        V = logits.shape[-1]
+        noise = [rng.gumbel(size=V) for rng in rngs]  # B times (V,)
+        logits = logits + np.stack(noise)
     return logits.argmax(-1)
 
 
@@ -772,454 +1000,490 @@ def context_start(n: int, block_size: int) -> int:
     Positions are absolute: a full context cannot slide by one, but moves by half of its length.
     """
     half = block_size // 2
-    return max(0, math.ceil((n - block_size) / half)) * half
+    n_moves = math.ceil((n - block_size) / half)
+    return max(0, n_moves) * half
 
 
-class NumpyGPT:
-    """The GPT for one token of one text, on views of its weights, with NumPy's cheaper calls."""
-
-    def __init__(self, model: GPT, cache: KVCache):
-        arrays = lambda module: [p.detach().numpy() for p in module.parameters()]
-        (self.wte,), (self.wpe,), self.ln_f = map(arrays, (model.wte, model.wpe, model.ln_f))
-        self.h = [list(map(arrays, (b.ln_1, b.attn, b.ln_2, b.mlp))) for b in model.h]
-        self.cache, self.kv = cache, cache.kv[:, :, 0].numpy()  # (L, 2, H, block_size, D)
-
-    @staticmethod
-    def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        x = x - x.sum() / x.size
-        return x * weight / (x @ x / x.size + 1e-5) ** 0.5 + bias
-
-    def decode(self, token: int) -> np.ndarray:
-        """Logits (1, V) after `token`."""
-        t, (_, _, H, _, D) = self.cache.length, self.kv.shape
-        x = self.wte[token] + self.wpe[t]  # (C,)
-        for (ln_1, attn, ln_2, mlp), kv in zip(self.h, self.kv, strict=True):
-            c_attn, c_attn_bias, c_proj, c_proj_bias = attn
-            qkv = (c_attn @ self.layer_norm(x, *ln_1) + c_attn_bias).reshape(3, H, D)
-            kv[:, :, t] = qkv[1:]
-            q, k, v = qkv[0][:, None], kv[0, :, : t + 1], kv[1, :, : t + 1]  # (H, t + 1, D)
-            y = softmax((q * D**-0.5) @ k.mT) @ v  # (H, 1, D)
-            x = x + (c_proj @ y.reshape(-1) + c_proj_bias)
-            c_fc, c_fc_bias, c_proj, c_proj_bias = mlp
-            y = c_fc @ self.layer_norm(x, *ln_2) + c_fc_bias  # (4 C,)
-            y *= 0.5 + 0.5 * np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y * y * y))  # GELU
-            x = x + (c_proj @ y + c_proj_bias)
-        self.cache.length = t + 1
-        return (self.wte @ self.layer_norm(x, *self.ln_f))[None]
+@torch.inference_mode()
+def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndarray:
+    """`ids` (N,) and `n` more: the reference, which computes the whole context for each new one."""
+    for _ in range(n):
+        start = context_start(len(ids), network.config.block_size)
+        context = to_tensor(ids[None, start:], network.device)  # (1, T)
+        logits = network(context)[:, -1]  # (1, V)
+        logits = logits.float().cpu().numpy()
+        seen = np.zeros(logits.shape, bool)
+        seen[:, ids] = True
+        new_id = sample(logits, cfg, [rng], seen)  # (1,)
+        ids = np.append(ids, new_id)
+    return ids
 
 
-def generate_ids(model: GPT, prompt: np.ndarray, cfg: SampleConfig, rngs) -> Iterator[np.ndarray]:
+@torch.inference_mode()
+def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
+    """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
+    x = network.hidden(to_tensor(ids, network.device), cache)  # (B, T, C)
+    logits = network.logits(x[:, -1])  # (B, V)
+    return logits.float().cpu().numpy()
+
+
+def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
+    """Read one more character of each text, `ids` (B,), into the `cache`: logits (B, V)."""
+    return prefill(network, ids[:, None], cache)
+
+
+def generate_ids(
+    network: GPT, prompt: ndarray, cfg: SampleConfig, rngs: list, decode=decode
+) -> Iterator[ndarray]:
     """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
-    T, B = model.config.block_size, len(rngs)
-    cache = KVCache(model, B)
-    device = cache.kv.device
-    seen = np.zeros((B, model.config.vocab_size), bool)
+    B, T = len(rngs), network.config.block_size
+    seen = np.zeros((B, network.config.vocab_size), bool)
     seen[:, prompt] = True
-    context = [np.full(B, i, "i8") for i in prompt[context_start(len(prompt), T) :]]  # S times (B,)
-    numpy_gpt = NumpyGPT(model, cache) if B == 1 and device.type == "cpu" else None
+    context = prompt[None, context_start(len(prompt), T) :]  # (1, S): the B prompts are equal
+    cache = KVCache(network, 1)
+    logits = prefill(network, context, cache).repeat(B, axis=0)  # (B, V)
+    cache.repeat(B)
+    context = list(context.repeat(B, axis=0).T)  # S times (B,)
     while True:
-        new = np.stack(context[cache.length :], axis=1)  # (B, S) to prefill, (B, 1) to decode
-        if numpy_gpt and new.size == 1:
-            logits = numpy_gpt.decode(new.item())  # (1, V)
-        else:
-            with torch.inference_mode():
-                logits = model(torch.from_numpy(new).to(device), cache)[:, -1]  # (B, V)
-            logits = logits.float().cpu().numpy()
         ids = sample(logits, cfg, rngs, seen)
-        if cfg.repetition_penalty != 1:
-            seen[np.arange(B), ids] = True
+        seen[np.arange(B), ids] = True
         yield ids
         context.append(ids)
-        if len(context) > T:  # the context is full: its second half is prefilled anew
-            context, cache.length = context[context_start(T + 1, T) :], 0
+        if len(context) <= T:
+            logits = decode(network, ids, cache)
+        else:  # the context is full: its second half is read anew
+            context = context[context_start(T + 1, T) :]
+            cache.reset()
+            logits = prefill(network, np.stack(context, axis=1), cache)
+
+
+class StopFilter:
+    """Ends a text before the first of the `stops`. Holds back what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops = [stop for stop in stops if stop]
+        self.delay = max(map(len, self.stops), default=1) - 1
+        self.held = ""
+        self.is_done = False
+
+    def push(self, c: str) -> str:
+        """Take the next character; returns the text that is now safe to write."""
+        if self.is_done:
+            return ""
+        self.held += c
+        found = [stop for stop in self.stops if self.held.endswith(stop)]
+        if found:
+            self.is_done = True
+            longest = max(map(len, found))
+            return self.held[:-longest]
+        n_safe = max(0, len(self.held) - self.delay)
+        safe, self.held = self.held[:n_safe], self.held[n_safe:]
+        return safe
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        return "" if self.is_done else self.held
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    r"""`text` with line ends and other invisible characters spelled out, as \n or \u200b."""
+    spelled = []
+    for c in text:
+        spelled.append(c if c.isprintable() else c.encode("unicode_escape").decode())
+    return "".join(spelled)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a model file says about its weights, in the header, as JSON strings."""
+
+    config: GPTConfig
+    characters: str
+    data: TextInfo
+    training: dict  # a record: TrainConfig, device and dtype; other versions had other settings
+    step: int
+    validation_loss: float | None  # the lowest, in nats per character
+    history: list[Evaluation]
+
+    def to_header(self, format: str = "pt") -> dict[str, str]:
+        """Header entries; `format: pt` is what transformers expects."""
+        header = {"format": format, "format_version": "1"}
+        header |= {"anexa_version": __version__, "torch_version": torch.__version__}
+        return header | {name: json.dumps(value) for name, value in self.entries().items()}
+
+    def entries(self) -> dict:
+        """All fields as what JSON can express."""
+        return asdict(self) | {"data": self.data._asdict()}
+
+    @classmethod
+    def from_header(cls, header: dict[str, str]) -> Metadata:
+        """raises: LookupError, TypeError, UserError or ValueError where the header is malformed"""
+        require(header["format_version"] == "1", "its format_version is not 1")
+        entries = {setting.name: json.loads(header[setting.name]) for setting in fields(cls)}
+        require(type(entries["history"]) is list, "its history is malformed")
+        if "name" in entries["data"]:  # one string before version 1.0
+            entries["data"]["names"] = [entries["data"].pop("name")]
+        entries["config"] = GPTConfig(**entries["config"])
+        entries["data"] = TextInfo(**entries["data"])
+        entries["history"] = [Evaluation(*row) for row in entries["history"]]
+        return cls(**entries)
+
+    def settings(self) -> dict:
+        """Shape and training settings by name."""
+        return asdict(self.config) | self.training
+
+    @property
+    def text_names(self) -> str:
+        return printable(", ".join(self.data.names))
+
+    def __str__(self) -> str:
+        loss = "unknown"
+        if self.validation_loss is not None:
+            loss = f"{self.validation_loss:.4f} nats/char"
+        run = f"trained on {self.text_names} for {self.step:,} steps"
+        return f"{self.config.size()}, {run}, validation loss {loss}"
 
 
 @dataclass
 class Model:
-    """Network, tokenizer and metadata of a model file: what `load` returns."""
+    """Network, tokenizer and metadata: what a user holds."""
 
     network: GPT
     tokenizer: Tokenizer
     metadata: Metadata
+    path: Path | None = None  # of its file
+    # The second part of the file has a faster `decode`, and a safer `write_file`.
+    decode = staticmethod(decode)
+    write_file = staticmethod(safetensors.torch.save_file)  # (tensors, path, header)
 
-    def prompt_ids(self, prompt: str) -> np.ndarray:
-        """Ids (N,) of `prompt`, N > 0: an empty text stands for a line end, or else for id 1."""
-        known, _ = self.tokenizer.normalize_prompt(prompt)
-        return np.maximum(self.tokenizer.encode(known or "\n"), 1)
+    def __repr__(self) -> str:
+        losses = [row.validation_loss for row in self.metadata.history]
+        if len(losses) < 2:
+            return f"Model: {self.metadata}"
+        span = max(losses) - min(losses) + 1e-9
+        levels = [int(8 * (loss - min(losses)) / span) for loss in losses]
+        curve = "".join("▁▂▃▄▅▆▇█"[level] for level in levels)
+        return f"Model: {self.metadata}\nvalidation loss {losses[0]:.2f} {curve} {losses[-1]:.2f}"
+
+    # ---- writing
+
+    def prompt_ids(self, prompt: str) -> ndarray:
+        """Ids (N,) of `prompt`, N > 0: an empty text stands for a line end, or else for id 1.
+
+        raises: UserError if no character of a prompt is known
+        """
+        known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
+        if prompt:
+            require(known, f"'{printable(prompt[:40])}': none of it is known to the model")
+        return self.tokenizer.encode(known) if known else np.array([1])
 
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
 
-        Text i depends only on (seed, i), not on the batch. A piece is held back while it may be the
-        beginning of a stop text.
+        Text i depends only on (seed, i), not on the batch.
         """
-        ids = self.prompt_ids(prompt)
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
         rngs = [np.random.default_rng((seed, i)) for i in texts]
-        tokens = generate_ids(self.network, ids, cfg, rngs)
-        held, done, stops = [""] * len(rngs), [False] * len(rngs), [s for s in cfg.stop if s]
-        delay = max(map(len, stops), default=1) - 1  # so many characters may begin a stop text
+        ids = generate_ids(self.network, self.prompt_ids(prompt), cfg, rngs, self.decode)
+        filters = [StopFilter(cfg.stop) for _ in texts]
         for _ in range(cfg.max_new):
-            pieces = [""] * len(rngs)
-            for i, c in enumerate(self.tokenizer.decode(next(tokens))):
-                if done[i]:
-                    continue
-                held[i] += c
-                found = max((len(stop) for stop in stops if held[i].endswith(stop)), default=0)
-                cut = max(0, len(held[i]) - (found or delay))
-                pieces[i], held[i] = held[i][:cut], held[i][cut:]
-                if found:
-                    held[i], done[i] = "", True
-            yield pieces
-            if all(done):
+            characters = self.tokenizer.decode(next(ids))
+            yield [f.push(c) for f, c in zip(filters, characters, strict=True)]
+            if all(f.is_done for f in filters):
                 return
-        yield held
+        yield [f.flush() for f in filters]
 
     def stream(self, prompt: str = "", **sampling) -> Iterator[str]:
         """Pieces of a continuation as they are written; `sampling`: fields of SampleConfig."""
-        stop = sampling.pop("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
-        for (piece,) in self.stream_batch(prompt, SampleConfig(stop=stop, **sampling)):
-            yield piece
+        cfg = sample_config(**sampling)
+        for pieces in self.stream_batch(prompt, cfg):
+            yield pieces[0]
 
     def generate(self, prompt: str = "", **sampling) -> str:
         """A continuation of `prompt`; `sampling`: fields of SampleConfig.  raises: UserError"""
         return "".join(self.stream(prompt, **sampling))
 
+    # ---- looking inside
+
+    @torch.no_grad()
+    def next_logits(self, ids: ndarray) -> ndarray:
+        """Logits (N, V) of the character after each of `ids` (N,), one context at most."""
+        ids = to_tensor(ids[None], self.network.device)
+        return self.network(ids)[0].float().cpu().numpy()
+
+    def next_characters(self, prompt: str, **sampling) -> ndarray:
+        """Probabilities (V,) of the next character by id, after the `sampling` settings if any."""
+        cfg = sample_config(**{"temperature": 1.0} | sampling)
+        ids = self.prompt_ids(prompt)
+        start = context_start(len(ids), self.network.config.block_size)
+        logits = self.next_logits(ids[start:])[-1:]  # (1, V)
+        if sampling:
+            logits[:, 0] = -np.inf  # U+FFFD is never sampled
+            seen = np.isin(np.arange(logits.size), ids)
+            logits = process_logits(logits, cfg, seen[None])
+        return softmax(logits)[0]
+
+    def surprise(self, text: str, prompt: str = "") -> ndarray:
+        """-log2 p in bits of each character of `text` (N,), which follows `prompt`.
+
+        An empty prompt stands for a line end. Each character is predicted from the context that it
+        has when the model writes it. A character that the vocabulary lacks has that of U+FFFD.
+        """
+        before = self.prompt_ids(prompt)
+        ids = np.concatenate((before, self.tokenizer.encode(text)))
+        T = self.network.config.block_size
+        parts = []
+        position = len(before)  # of the next character to predict
+        while position < len(ids):
+            start = context_start(position, T)
+            end = min(start + T + 1, len(ids))
+            probs = softmax(self.next_logits(ids[start : end - 1]))  # (end - 1 - start, V)
+            predicted = ids[position:end]
+            probs = probs[position - start - 1 :]  # of the characters from `position` on
+            parts.append(-np.log2(probs[np.arange(len(predicted)), predicted]))
+            position = end
+        return np.concatenate([np.zeros(0, "f4"), *parts])
+
+    @torch.no_grad()
+    def attention(self, text: str) -> ndarray:
+        """Attention weights (L, H, T, T) within the last T characters of `text` that fit.
+
+        [layer, head, t, s] is the share of character s in what character t gathers.
+        """
+        ids = self.prompt_ids(text)
+        start = context_start(len(ids), self.network.config.block_size)
+        ids = to_tensor(ids[None, start:], self.network.device)  # (1, T)
+        x = self.network.embed(ids)  # (1, T, C)
+        weights = []
+        for block in self.network.h:
+            q, k, _ = block.attn.project(block.ln_1(x))  # (1, H, T, D)
+            weights.append(attention_weights(q, k)[0])  # (H, T, T)
+            x = block(x)  # (1, T, C)
+        return torch.stack(weights).cpu().numpy()
+
+    # ---- files
+
     def save(self, path: str | Path) -> None:
-        """Write the model file, which replaces an old one once it is safely on the disk."""
-        save_tensors(Path(path), dict(self.network.named_parameters()), self.metadata.to_header())
-
-
-# ==================================================================================================
-# The complete GPT ends here: it trains, and it writes. Below it is connected to files, texts, other
-# processes, the terminal and other programs.
-# ==================================================================================================
-
-
-# ---- model file ----------------------------------------------------------------------------------
-# A model file and a checkpoint are safetensors files: weights, and JSON strings in the header.
-
-MODEL = "model.safetensors"
-CHECKPOINT_SUFFIX = ".checkpoint"
-MAX_HEADER = 8 << 20  # bytes
-LIMIT = 10**15  # no number in a header is larger
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < LIMIT  # NaN is not
-
-
-@dataclass(frozen=True)
-class Metadata(Config):
-    """What a file says about its weights."""
-
-    config: dict = option(None, None)  # GPTConfig
-    characters: str = option("", None)
-    data: dict = option(None, None)  # names, sha256 of the text in UTF-8, characters: their number
-    training: dict = option(None, None)  # TrainConfig, device and dtype
-    step: int = option(0, None, 0, LIMIT)
-    validation_loss: float | None = option(None, None, -LIMIT, LIMIT)  # lowest, nats per character
-    history: list = option(None, None)  # [step, training loss, validation loss]
-
-    def to_header(self, format: str = "pt") -> dict[str, str]:
-        """Header entries of a safetensors file; `format: pt` is what transformers expects."""
-        header = dict(format=format, format_version="1", anexa_version=__version__)
-        entries = {name: json.dumps(value) for name, value in asdict(self).items()}
-        return header | dict(torch_version=torch.__version__) | entries
+        """Write a model file."""
+        weights = dict(self.network.named_parameters())
+        self.write_file(weights, path, self.metadata.to_header())
 
     @classmethod
-    def from_header(cls, header: dict[str, str]) -> Metadata:
-        """Validated metadata.  raises: LookupError, TypeError, UserError or ValueError"""
-        require(header["format_version"] == "1", "its format_version is not 1")
-        m = cls(**{setting.name: json.loads(header[setting.name]) for setting in fields(cls)})
-        require(m.config.keys() == {f.name for f in fields(GPTConfig)}, "its config is another")
-        vocab, size = m.characters, GPTConfig(**m.config).vocab_size
-        in_order = vocab == build_vocab(vocab) and len(vocab) == size
-        require(in_order, "its characters are not U+FFFD and others in order")
-        vocab.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
-        used = {n: v for n, v in m.training.items() if n in ("init", "max_steps")}
-        TrainConfig.pick(used)  # a run that resumes checks the others
-        data = m.data
-        if "name" in data:  # one string before version 1.0
-            data["names"] = [data.pop("name")]
-        names = data["names"]  # TypeError where one is no string
-        require(type(names) is list and "".join(names), "its data set has no names")
-        require(re.fullmatch("[0-9a-f]{64}", data["sha256"]), "its sha256 is not 64 hex digits")
-        require(is_number(data["characters"]), "its data set has no number of characters")
-        steps = [0] + [step for step, _, _ in m.history]
-        are_numbers = all(is_number(value) for row in m.history for value in row)
-        in_order = {*map(type, steps)} == {int} and steps == sorted(set(steps))
-        require(are_numbers and in_order and steps[-1] <= m.step, "its history is malformed")
-        return m
-
-    def __str__(self) -> str:
-        loss = self.validation_loss
-        loss = "unknown" if loss is None else f"{loss:.4f} nats/char"
-        run = f"trained on {text_names(self.data['names'])} for {self.step:,} steps"
-        return f"{GPTConfig(**self.config)}, {run}, validation loss {loss}"
+    def load(cls, path: str | Path) -> Model:
+        """The model in a file of our own; anexagpt.load() takes foreign and broken files, too."""
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = Metadata.from_header(file.metadata())
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        network = GPT(metadata.config)
+        network.load_state_dict(weights)
+        return cls(network.eval(), Tokenizer(metadata.characters), metadata)
 
 
-def text_names(names: list[str]) -> str:
-    return ", ".join(escape_control(name).replace("\n", "\\n") for name in names)
+def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
+    """SampleConfig of keywords; `stop` may be one text.  raises: UserError"""
+    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
+    names = [setting.name for setting in fields(SampleConfig)]
+    for name in sampling:
+        require(name in names, f"`{name}`: unknown; choose from {', '.join(names)}")
+    return SampleConfig(stop=stops, **sampling)
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """File that replaces `path` once it is complete and on the disk.  raises: OSError"""
-    path = path.resolve()  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise OSError(22, "is not a regular file")  # /dev/null must stay what it is
-        pattern = f".{glob.escape(path.name)}.{'?' * 16}.tmp"
-        for old in path.parent.glob(pattern):  # of killed processes
-            with suppress(OSError):  # another process may remove it, too
-                if time.time() - old.stat().st_mtime > 86_400:
-                    old.unlink()
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk does not name the file
+# ==================================================================================================
+# The complete GPT ends here: it trains, writes, saves and loads. Below it meets the world.
+# ==================================================================================================
+
+
+import argparse
+import ctypes
+import errno
+import glob
+import importlib
+import io
+import re
+import shutil
+import tempfile
+import threading
+import time
+import zlib
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from urllib.parse import urlsplit
+
+try:
+    import charset_normalizer
+    import filelock
+    import prompt_toolkit
+    import requests
+    import rich.progress
+    import urllib3
+    from prompt_toolkit import completion, history
+    from prompt_toolkit.filters import Condition
+    from rich.cells import cell_len, set_cell_size
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+    from safetensors import SafetensorError
+    from torch import distributed as dist
+except ImportError as error:
+    if __name__ != "__main__":
         raise
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    sys.exit(f"anexagpt.py: {error}; {INSTALL}")
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict, rescue=False) -> None:
-    """Write a file.  raises: OSError; to `rescue`, UserError after saving to a temporary folder"""
-    try:
-        with atomic_write(path) as file:
-            file.write(safetensors.torch.save(tensors, header))
-    except OSError as error:
-        if not rescue:
-            raise
-        other = Path(tempfile.mkdtemp(prefix="anexa-")) / path.name
-        save_tensors(other, tensors, header)
-        reason = f"{error.strerror or error}; saved to {other} instead: move it here"
-        raise UserError(f"{path}: {reason}") from None
+# ---- fast paths ----------------------------------------------------------------------------------
+# Each replaces one plain function of the same signature. Those that repeat mathematics are compared
+# with it first, on the network at hand: whoever changes the network gets the changed network.
 
 
-@contextmanager
-def reading_model(path: Path, fix: str = "fetch it again") -> Iterator[None]:
-    """Within it what is missing or wrong in a file becomes a UserError."""
-    try:
-        yield
-    except FileNotFoundError:
-        out = str(path).removesuffix(CHECKPOINT_SUFFIX)
-        fix = f"check the name, or train it with: python anexagpt.py train --out {out}"
-        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
-        fix += f", or use its checkpoint, {unfinished}" if unfinished.is_file() else ""
-        raise UserError(f"{path}: no such file; {fix}") from None
-    except (LookupError, RuntimeError, TypeError, UserError, ValueError, SafetensorError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(escape_control(reason).split())[:200]
-        raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}") from None
+def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention`, at about twice the speed."""
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
+        # Faster than PyTorch's fused kernel: the mask is added by the first matrix product.
+        mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
+        scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)
+        weights = torch.softmax(scores, dim=-1)  # (B * H, T, S)
+        return (weights @ v.flatten(0, 1)).view(B, H, T, D)
+    mask = None
+    if 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
 
 
-def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[str, Tensor]]:
-    """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
-    with reading_model(path, fix):
-        require(path.is_file() or not path.exists(), "it is not a regular file")
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
-            metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
-            n_bytes = 4 * GPTConfig(**metadata.config).n_parameters()
-            require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
-            file.seek(0)  # read, not mapped: the file may be replaced while it is in use
-            return metadata, safetensors.torch.load(file.read())
+def use_fast_attention(network: GPT, dtype: torch.dtype) -> None:
+    """Replace `attention` in `network`, unless it computes something else."""
+    config = network.config
+    D = config.n_embd // config.n_head
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, config.n_head, 8, D, generator=random).to(network.device)
+    expected = attention(q, k, v)
+    result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    if not torch.allclose(result, expected, atol=tolerance, rtol=tolerance):
+        return log("NOTE: attention() is not the usual one: its fast version is not used.")
+    for block in network.h:
+        if block.attn.attend is attention:
+            block.attn.attend = fast_attention
 
 
-def load(path: str | Path = MODEL, device: str | torch.device = "cpu") -> Model:
-    """The model in a model file, in an exported one, or in a checkpoint.  raises: UserError
+class NumpyDecoder:
+    """`decode` of one text on a CPU: NumPy's calls cost a fraction of PyTorch's.
 
-    Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
+    All weights are prepared so that a token needs few calls. Every vector of the residual stream
+    gets mean zero, which changes nothing, since each LayerNorm subtracts the mean: LayerNorm is a
+    division by the root mean square, and its weight and bias go into the next matrix.
+    source: Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers", section 3
     """
-    metadata, tensors = read_file(Path(path))
-    prefixes = "", "transformer.", "best.", "ema."
-    prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
-    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if prefix == "transformer.":  # GPT-2's layout of linear weights is (in, out)
-        weights = {n: t.T if n.startswith("h.") and t.dim() == 2 else t for n, t in weights.items()}
-    network = GPT(GPTConfig(**metadata.config))
-    with reading_model(Path(path)):
-        network.load_state_dict(weights)  # RuntimeError unless names and shapes are the same
-        require(weights_are_sane(network), "its weights are huge or not finite")
-    return Model(network.to(device).eval(), Tokenizer(metadata.characters), metadata)
+
+    def __init__(self, network: GPT):
+        self.network = network
+        self.is_equal = None  # to the plain function; not known before the first token
+        with torch.no_grad():
+            self.wte = (network.wte.weight - network.wte.weight.mean(1, keepdim=True)).numpy()
+            self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
+            self.blocks = [self.prepare(block) for block in network.h]
+            self.head = self.fold(network.ln_f, network.wte.weight, 0.0)
+
+    @staticmethod
+    def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[ndarray, ndarray]:
+        """Matrix and bias of a linear layer that follows a LayerNorm."""
+        return (weight * norm.weight).numpy(), (weight @ norm.bias + bias).numpy()
+
+    @staticmethod
+    def center(linear: nn.Linear) -> tuple[ndarray, ndarray]:
+        """Matrix and bias of a linear layer whose output is moved to mean zero."""
+        weight = linear.weight - linear.weight.mean(0)
+        return weight.numpy(), (linear.bias - linear.bias.mean()).numpy()
+
+    def prepare(self, block: Block) -> tuple:
+        c_attn, c_attn_bias = self.fold(
+            block.ln_1, block.attn.c_attn.weight, block.attn.c_attn.bias
+        )
+        C = c_attn.shape[1]
+        scale = (C // self.network.config.n_head) ** -0.5  # of the scores, goes into the queries
+        c_attn[:C] *= scale
+        c_attn_bias[:C] *= scale
+        c_fc = self.fold(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+        return (
+            c_attn,
+            c_attn_bias,
+            *self.center(block.attn.c_proj),
+            *c_fc,
+            *self.center(block.mlp.c_proj),
+        )
+
+    def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
+        if len(ids) > 1 or self.is_equal is False or network is not self.network:
+            return decode(network, ids, cache)
+        if self.is_equal is None:
+            expected = decode(network, ids, cache)
+            cache.advance(-1)
+            logits = self.decode(ids[0], cache)
+            self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
+            if not self.is_equal:
+                log("NOTE: the network is not the usual one: its fast version is not used.")
+            return expected
+        return self.decode(ids[0], cache)
+
+    def decode(self, token: int, cache: KVCache) -> ndarray:
+        """Logits (1, V) after `token`."""
+        t = cache.length
+        x = self.wte[token] + self.wpe[t]  # (C,)
+        for weights, kv in zip(self.blocks, cache.kv[:, :, 0].numpy(), strict=True):
+            c_attn, c_attn_b, c_proj, c_proj_b, c_fc, c_fc_b, mlp_proj, mlp_proj_b = weights
+            _, H, _, D = kv.shape  # (2, H, block_size, D)
+            qkv = (c_attn @ x * inverse_rms(x) + c_attn_b).reshape(3, H, 1, D)
+            kv[:, :, t] = qkv[1:, :, 0]
+            keys, values = kv[:, :, : t + 1]  # (H, S, D)
+            scores = qkv[0] @ keys.mT  # (H, 1, S)
+            y = softmax(scores) @ values  # (H, 1, D)
+            x = x + (c_proj @ y.reshape(-1) + c_proj_b)
+            y = c_fc @ x * inverse_rms(x) + c_fc_b  # (4 C,)
+            y *= 0.5 + 0.5 * np.tanh(y * (0.7978846 + 0.0356774 * y * y))  # tanh GELU
+            x = x + (mlp_proj @ y + mlp_proj_b)
+        cache.advance(1)
+        head, head_b = self.head
+        return (head @ x * inverse_rms(x) + head_b)[None]
 
 
-# ---- text sources --------------------------------------------------------------------------------
-# Names, files, folders and URLs become one text, in pieces: it may be larger than the memory.
-
-SOURCES = {  # built-in texts and their mirrors
-    "sherlock": [
-        "https://www.gutenberg.org/cache/epub/1661/pg1661.txt",
-        "https://www.gutenberg.org/files/1661/1661-0.txt",
-        "https://raw.githubusercontent.com/jsvine/markovify/master/test/texts/sherlock.txt",
-    ],
-    "shakespeare": [
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
-    ],
-}
-ENDINGS = {  # words near the end of a built-in text: neither an error page nor half a file has them
-    "sherlock": "I believe that she has met with considerable success",
-    "shakespeare": "Whiles thou art waking.",
-}
-FALLBACK = "python-docs"  # the language reference in every Python: 465,000 characters, no network
-BUILT_IN = (*SOURCES, FALLBACK)
-CACHE = Path("data")  # for downloads
-PIECE = 1 << 23  # characters that are read at once: a book
-MAX_DOWNLOAD = 2 << 30  # bytes
-LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
-TIMEOUT = 10, 15  # seconds to connect, and until the next byte
+def inverse_rms(x: ndarray) -> float:
+    return (x @ x / x.size + 1e-5) ** -0.5
 
 
-def download(name: str) -> Path:
-    """The stored copy of a built-in text or URL, downloaded if there is none.  raises: UserError"""
+class CudaGraph:
+    """Replays `update` as one CUDA graph: a small network is bound by the launches of its kernels.
 
-    def is_complete(file: Path) -> bool:  # however its lines are broken
-        words = file.read_text("utf-8", "replace").split() if name in ENDINGS else []
-        return ENDINGS.get(name, "") in " ".join(words)
+    Not yet run on a GPU. `update` must leave its tensors where they are and never wait for the
+    device.
+    """
 
-    digest, reasons = hashlib.sha256(name.encode(errors="replace")).hexdigest(), []
-    path = CACHE / f"{name if name in SOURCES else digest[:16]}.txt"
-    if path.is_file() and is_complete(path):
-        return path
-    for url in SOURCES.get(name, [name]):
-        host = url.split("/")[2].rpartition("@")[2]
-        log(f"Downloading {path} from {host} ...")
+    def __init__(self, update: Callable[[], None]):
+        self.update = update
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == 4:  # after a warm-up on the stream of the capture
+            self.capture()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.update()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
         try:
-            headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
-            response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
-            require(response.status_code == 200, f"HTTP status {response.status_code}")
-            n_pieces = int(response.headers.get("Content-Length") or 0) / (1 << 16) or None
-            bar = dict(console=PlainConsole(), transient=True, disable=not sys.stderr.isatty())
-            with atomic_write(path) as file:
-                pieces = response.iter_content(1 << 16)
-                for piece in rich.progress.track(pieces, "", n_pieces, **bar):
-                    file.write(piece)
-                    require(file.tell() <= MAX_DOWNLOAD, f"more than {MAX_DOWNLOAD:,} bytes")
-                file.flush()
-                require(is_complete(Path(file.name)), "another text, or not all of it")
-            return path
-        except requests.RequestException as error:  # its text has the URL, which may be secret
-            reasons.append(f"{host}: the connection failed ({type(error).__name__})")
-        except (UserError, ValueError) as error:
-            reasons.append(f"{host}: {error}")
-    name, fix = re.sub(r"(?<=//)[^/]*@|[?#].*", "", name), "try again, or give a text file"
-    raise UserError(f"--data {name}: no download ({'; '.join(reasons)}); {fix}")
-
-
-def find_texts(name: str) -> list[Path | bytes]:
-    """The files, or the bytes of one, that a name of --data stands for.  raises: UserError"""
-    if name == FALLBACK:
-        from pydoc_data.topics import topics
-
-        return ["\n\n".join(topics[topic] for topic in sorted(topics)).encode()]
-    if name == "-":
-        return [sys.stdin.buffer.read()]
-    if name in SOURCES or re.match("(?i)https?://[^/]", name):
-        return [download(name)]
-    path = Path(name or "?")  # Path("") is the current folder
-    if path.is_file():
-        return [path]
-    files = [file for file in path.glob("[!.]*") if file.is_file()]
-    texts = sorted(file for file in files if file.suffix.lower() in (".txt", ".md"))
-    if not texts:
-        known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
-        raise UserError(f"--data {text_names([name])}: {known}; check the spelling")
-    return texts
-
-
-def strip_license(text: str) -> str:
-    """A book without Project Gutenberg's header and footer; other text as it is."""
-    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]{0,300}\*\*\*"
-    start, ends = re.search(marker % "START", text), [*re.finditer(marker % "END", text)]
-    if not start or not ends:
-        return text
-    body = text[start.end() : ends[-1].start()].strip()
-    # Older editions have a last line of their own.
-    return re.sub("\nEnd of (the )?Project Gutenberg.*$", "", body).rstrip() + "\n"
-
-
-def read_texts(sources: list[tuple[Path | bytes, str]]) -> Iterator[str]:
-    r"""Pieces of texts (source and encoding), each text on a new line.  raises: UserError
-
-    They have \n line ends, and neither a byte order mark nor a license.
-    """
-    last = "\n"
-    for source, encoding in sources:
-        try:
-            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as raw:
-                file = io.TextIOWrapper(raw, encoding)
-                for i, piece in enumerate(iter(partial(file.read, PIECE), "")):
-                    piece.encode()  # some encodings have surrogates, which are not characters
-                    if "\0" in piece:
-                        raise UnicodeError
-                    if i == 0:
-                        piece = strip_license(piece.removeprefix("\ufeff"))
-                        piece = piece if last.endswith("\n") else "\n" + piece
-                    yield piece
-                    last = piece
-        except LookupError:
-            fix = "unknown to Python; try utf-8, latin-1 or cp1252"
-            raise UserError(f"--encoding {encoding}: {fix}") from None
-        except UnicodeError:
-            name = "standard input" if isinstance(source, bytes) else text_names([str(source)])
-            fix = "save it as plain text, not PDF or Word, or add --encoding, e.g. cp1252, utf-16"
-            raise UserError(f"{name}: not plain {encoding.upper()} text; {fix}") from None
-
-
-class Corpus(NamedTuple):
-    """A text to train or evaluate on."""
-
-    data: dict  # see Metadata.data
-    tokenizer: Tokenizer
-    ids: np.ndarray  # (N,)
-
-
-def load_corpus(names: list[str] | None, encoding: str = "utf-8") -> Corpus:
-    """The texts of --data; without names Sherlock Holmes or, if no mirror answers, FALLBACK.
-
-    They are read twice: for their vocabulary, then for their ids.  raises: UserError
-    """
-    wanted, seen = names or ["sherlock"], np.zeros(0x110000, bool)
-    own = lambda name: "utf-8" if name in BUILT_IN else encoding
-    try:
-        sources = [(source, own(name)) for name in wanted for source in find_texts(name)]
-    except UserError as error:
-        if names:
-            raise
-        log(f"NOTE: {error}.")
-        log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
-        return load_corpus([FALLBACK])
-    names = ["standard input" if name == "-" else name for name in wanted]
-    sha256, n = hashlib.sha256(), 0
-    for piece in read_texts(sources):
-        seen[code_points(piece)] = True
-        sha256.update(piece.encode())
-        n += len(piece)
-    if seen.sum() > 65_535:
-        raise UserError(f"--data {text_names(names)}: over 65,535 kinds of characters; is it text?")
-    tokenizer = Tokenizer(build_vocab(map(chr, seen.nonzero()[0])))
-    is_long, dtype = n >= LONG_TEXT, tokenizer.table.dtype
-    with tempfile.TemporaryFile(dir=".") if is_long else io.BytesIO() as file:
-        file.writelines(map(tokenizer.encode, read_texts(sources)))
-        ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
-    return Corpus(dict(names=names, sha256=sha256.hexdigest(), characters=n), tokenizer, ids)
-
-
-# ---- distributed ---------------------------------------------------------------------------------
-# torchrun starts one process for each GPU (or share of a CPU); each computes a part of every batch.
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.update()
+            self.update = graph.replay
+        except RuntimeError as error:
+            log(f"NOTE: no CUDA graph ({first_line(error)}); slower without")
 
 
 class DistributedContext(NamedTuple):
@@ -1234,20 +1498,21 @@ class DistributedContext(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_gradients(self, model: nn.Module) -> None:
-        """Sum the gradients over all ranks, as one vector: many small messages would be slower."""
-        if self.world_size > 1:
-            grads = [p.grad for p in model.parameters()]
-            vector = self.all_reduce(nn.utils.parameters_to_vector(grads))
-            nn.utils.vector_to_parameters(vector, grads)
-
     def any_rank(self, *flags: bool) -> list[bool]:
         """Logical OR of each flag over all ranks."""
         return self.all_reduce(torch.tensor(flags, dtype=torch.int)).bool().tolist()
 
-    def together(self, fn: Callable):
+    def check_equal(self, text: str) -> None:
+        """raises: UserError unless all ranks have the same text"""
+        digest = torch.tensor(zlib.crc32(text.encode()))
+        total = self.all_reduce(digest.clone())
+        is_equal = bool(total == self.world_size * digest)
+        require(is_equal, "torchrun: the ranks differ in options, text or checkpoint")
+
+    def on_all_ranks(self, fn: Callable):
         """fn() on every rank; a UserError of one is raised on all, so that none waits for it."""
-        result, errors = None, [None] * self.world_size
+        result = None
+        errors = [None] * self.world_size
         try:
             result = fn()
         except UserError as error:
@@ -1257,6 +1522,46 @@ class DistributedContext(NamedTuple):
         for error in filter(None, errors):
             raise error
         return result
+
+
+class DistributedTrainer(Trainer):
+    """A Trainer of several processes, each of which computes a part of every batch."""
+
+    def __init__(self, ctx: DistributedContext, *arguments):
+        super().__init__(*arguments)
+        self.ctx = ctx
+        n = self.cfg.batch_size
+        is_enough = n >= ctx.world_size
+        require(is_enough, f"`batch_size={n}`: must be at least {ctx.world_size}, one per rank")
+        self.batch = self.local_rows(self.batch)
+
+    def local_rows(self, windows: Tensor) -> Tensor:
+        return windows.tensor_split(self.ctx.world_size)[self.ctx.rank]  # (B / ranks, T + 1)
+
+    def seed_dropout(self, rank: int = 0) -> None:
+        super().seed_dropout(self.ctx.rank)
+
+    def backward(self) -> None:
+        super().backward()
+        # All gradients as one vector: many small messages would be slower.
+        grads = [p.grad for p in self.network.parameters()]
+        vector = nn.utils.parameters_to_vector([*grads, self.step_loss])
+        self.ctx.all_reduce(vector)
+        nn.utils.vector_to_parameters(vector, [*grads, self.step_loss])
+
+    def validate(self) -> float:
+        T = self.network.config.block_size
+        n_windows = math.ceil((len(self.val_ids) - 1) / T)
+        first, last = (
+            np.array([self.ctx.rank, self.ctx.rank + 1]) * n_windows // self.ctx.world_size
+        )
+        part = self.val_ids[first * T : last * T + 1]
+        total = torch.zeros(2, dtype=torch.float64)
+        if part[1:].any():
+            loss, count = evaluate(self.ema, part, self.dtype)
+            total += torch.tensor([loss * count, count], dtype=torch.float64)
+        loss_sum, count = self.ctx.all_reduce(total).tolist()
+        return loss_sum / count
 
 
 @contextmanager
@@ -1270,8 +1575,8 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
             raise UserError(f"WORLD_SIZE is set but not {name}; start with torchrun, or unset it")
     backend = "gloo"
     if device.type == "cuda":
-        backend, n_gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
-        n = int(os.environ["LOCAL_WORLD_SIZE"])
+        backend = "cpu:gloo,cuda:nccl"
+        n, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
@@ -1284,6 +1589,549 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         dist.destroy_process_group()
 
 
+# ---- files ---------------------------------------------------------------------------------------
+# A model file and a checkpoint are safetensors files: weights, and JSON strings in the header.
+
+MODEL = "model.safetensors"
+CHECKPOINT_SUFFIX = ".checkpoint"
+MAX_HEADER = 8 << 20  # bytes
+MAX_NUMBER = 10**15  # no number in a header is larger
+
+
+@lru_cache
+def note_once(text: str) -> None:
+    log(f"NOTE: {text}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """raises: OSError where the disk is full or broken; some network mounts cannot flush"""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            note_once(
+                f"this file system cannot flush ({error.strerror}); a power cut may lose files"
+            )
+
+
+@contextmanager
+def publish(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Temporary file beside `path` that becomes `path` once it is complete and on the disk.
+
+    Without `replace`, an existing file is an error.  raises: OSError
+    """
+    path = path.resolve()  # a link stays a link
+    temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "is not a regular file")  # as /dev/null
+        for old in path.parent.glob(f".anexa-{'?' * 12}.tmp"):  # of killed processes
+            with suppress(OSError):  # another process may remove it, too
+                if time.time() - old.stat().st_mtime > 86_400:
+                    old.unlink()
+        yield temporary
+        flush_to_disk(temporary)
+        if path.exists() and replace:
+            try:
+                shutil.copymode(path, temporary)
+            except OSError as error:
+                note_once(f"{path.parent}: mode bits of files cannot be kept ({error.strerror})")
+        if not replace and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "exists")
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not name the file
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file one tensor at a time; the library needs twice the memory."""
+    entries = {"__metadata__": header}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += tensor.nbytes
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().numpy().data)
+
+
+def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
+    with publish(Path(path)) as temporary:
+        write_tensors(temporary, tensors, header)
+
+
+Model.write_file = staticmethod(publish_tensors)
+
+
+def file_id(path: Path) -> tuple | None:
+    """What tells a file from another that takes its place; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def free_name(path: Path, word: str) -> Path:
+    """`path` with a word before its last suffix, so that no such file exists."""
+    for i in range(1, 10**6):
+        number = "" if i == 1 else str(i)
+        name = path.with_name(f"{path.stem}.{word}{number}{path.suffix}")
+        if not os.path.lexists(name):
+            return name
+    raise UserError(f"{path}: a million names are taken; choose another folder")
+
+
+class RunFile:
+    """A file that a run writes and rewrites. It never replaces or removes somebody else's."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.written = None  # file_id() of what this run wrote or resumed
+
+    def write(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        """raises: OSError"""
+        present = file_id(self.path)
+        if present not in (None, self.written):
+            other = free_name(self.path, "new")
+            log(f"NOTE: {self.path} was put there by another program; saving to {other}")
+            self.path = other
+            self.written = None
+        with publish(self.path, replace=self.written is not None) as temporary:
+            write_tensors(temporary, tensors, header)
+        self.written = file_id(self.path)
+
+    def rescue(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        """`write`, or else save to a temporary folder.  raises: UserError"""
+        try:
+            return self.write(tensors, header)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        try:
+            other = Path(tempfile.mkdtemp(prefix="anexa-")) / self.path.name
+            write_tensors(other, tensors, header)
+        except OSError as error:
+            failed = f"cannot be saved ({reason}), nor in a temporary folder ({first_line(error)})"
+            raise UserError(f"{self.path}: {failed}; make room, and resume") from None
+        raise UserError(f"{self.path}: {reason}; saved to {other} instead: move it here")
+
+    def remove(self) -> None:
+        if self.written is not None and file_id(self.path) == self.written:
+            self.path.unlink()
+        self.written = None
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < MAX_NUMBER  # NaN is not
+
+
+def check_metadata(m: Metadata) -> None:
+    """raises: UserError, TypeError or ValueError unless all that a header may say is plausible"""
+    characters = m.characters
+    is_vocab = characters == build_vocab(characters) and len(characters) == m.config.vocab_size
+    require(is_vocab, "its characters are not U+FFFD and others in order")
+    characters.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
+    require(type(m.data.names) is list, "its data set has no names")
+    require("".join(m.data.names), "its data set has no names")
+    require(re.fullmatch("[0-9a-f]{64}", m.data.sha256), "its sha256 is not 64 hex digits")
+    require(is_number(m.data.characters), "its data set has no number of characters")
+    require(type(m.training) is dict, "its training settings are malformed")
+    require(type(m.training.get("init")) in (str, type(None)), "its init is not a name")
+    require(type(m.step) is int and 0 <= m.step < MAX_NUMBER, "its step is not a number")
+    is_loss = m.validation_loss is None or is_number(m.validation_loss)
+    require(is_loss, "its validation loss is not a number")
+    steps = [row.step for row in m.history]
+    require(all(is_number(x) for row in m.history for x in row), "its history is malformed")
+    is_ordered = steps == sorted(set(steps)) and all(type(step) is int for step in steps)
+    is_within = not steps or (steps[0] >= 0 and steps[-1] <= m.step)
+    require(is_ordered and is_within, "its history is malformed")
+
+
+def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[str, Tensor]]:
+    """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
+    if not path.exists():
+        out = str(path).removesuffix(CHECKPOINT_SUFFIX)
+        fix = f"check the name, or train it with: python anexagpt.py train --out {out}"
+        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
+        if unfinished.is_file():
+            fix += f", or use its checkpoint, {unfinished}"
+        raise UserError(f"{path}: no such file; {fix}")
+    try:
+        require(path.is_file(), "it is not a regular file")
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
+            metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
+            check_metadata(metadata)
+            n_bytes = 4 * metadata.config.n_parameters()
+            require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
+            file.seek(0)  # read, not mapped: the file may be replaced while it is in use
+            return metadata, safetensors.torch.load(file.read())
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except (AttributeError, LookupError, RecursionError, TypeError) as error:
+        reason = f"its header is malformed ({first_line(error)})"
+    except (UserError, ValueError, SafetensorError) as error:
+        reason = first_line(error)
+    reason = printable(reason)[:200]
+    raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}")
+
+
+def is_checkpoint(tensors: dict[str, Tensor]) -> bool:
+    return "loss_sum" in tensors
+
+
+def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> Model:
+    """The model in a model file, in an exported one, or in a checkpoint.  raises: UserError
+
+    Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
+    plain: without fast paths
+    """
+    path = Path(path)
+    metadata, tensors = read_file(path)
+    prefixes = ("", "transformer.", "best.", "ema.")
+    prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
+    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if prefix == "transformer.":  # GPT-2's layout of linear weights is (in, out)
+        for name, weight in weights.items():
+            if name.startswith("h.") and weight.dim() == 2:
+                weights[name] = weight.T
+    network = GPT(metadata.config)
+    shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
+    found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
+    wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+    not_complete = f"{path}: not a complete model of Anexa:"
+    if wrong:
+        names = printable(", ".join(wrong[:3]))[:200]
+        raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
+    network.load_state_dict(weights)
+    require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
+    model = Model(network.to(device).eval(), Tokenizer(metadata.characters), metadata, path)
+    if not plain:
+        use_fast_paths(model)
+    return model
+
+
+def use_fast_paths(model: Model) -> None:
+    """Generation with the fast versions of `decode` and `attention`."""
+    use_fast_attention(model.network, torch.float32)
+    if model.network.device.type == "cpu":
+        model.decode = NumpyDecoder(model.network)
+
+
+# ---- text sources --------------------------------------------------------------------------------
+# Names, files, folders and URLs become one text, in pieces: it may be larger than the memory.
+
+
+class BuiltInText(NamedTuple):
+    rights: str
+    mirrors: tuple[str, ...] = ()
+    ending: str = ""  # words near its end: neither an error page nor half a file has them
+
+
+BUILT_IN = {
+    "sherlock": BuiltInText(
+        rights="public domain",
+        mirrors=(
+            "https://www.gutenberg.org/cache/epub/1661/pg1661.txt",
+            "https://www.gutenberg.org/files/1661/1661-0.txt",
+            "https://raw.githubusercontent.com/jsvine/markovify/master/test/texts/sherlock.txt",
+        ),
+        ending="I believe that she has met with considerable success",
+    ),
+    "shakespeare": BuiltInText(
+        rights="public domain",
+        mirrors=(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
+        ),
+        ending="Whiles thou art waking.",
+    ),
+    # The language reference inside every Python: 465,000 characters, no network.
+    "python-docs": BuiltInText(rights="Python's"),
+}
+FALLBACK = "python-docs"
+CACHE = Path("data")  # for downloads
+PIECE = 1 << 23  # characters that are read at once: a book
+MAX_DOWNLOAD = 2 << 30  # bytes
+LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
+TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
+MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
+
+
+def is_url(name: str) -> bool:
+    return re.match("(?i)https?://", name) is not None
+
+
+def public_name(name: str) -> str:
+    """A URL without user, password, query and fragment, which may be secret; other names as is."""
+    if not is_url(name):
+        return name
+    try:
+        parts = urlsplit(name)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    except ValueError:
+        return re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a stored download has the SHA-256 in the file beside it."""
+    try:
+        return sha256_of(path) == path.with_suffix(".sha256").read_text().split()[0]
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def check_download(path: Path, url: str, type: str, ending: str) -> None:
+    """raises: UserError for half a text, or for a web page in its place"""
+    text = path.read_bytes()
+    start = text[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_page = start.startswith((b"<!doctype html", b"<html")) or type.startswith("text/html")
+    wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
+    fix = "of a login or of a viewer; give the address of the plain text"
+    require(wants_page or not is_page, f"a web page, perhaps {fix}")
+    words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
+    require(ending in words, "another text, or not all of it")
+
+
+def fetch(url: str, path: Path, ending: str) -> None:
+    """Download one address.  raises: OSError, UserError, or an error of requests or urllib3"""
+    headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
+    response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
+    require(response.status_code == 200, f"HTTP status {response.status_code}")
+    length = response.headers.get("Content-Length", "")
+    total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
+    started = time.monotonic()
+    bar = rich.progress.Progress(
+        console=PlainConsole(), transient=True, disable=not sys.stderr.isatty()
+    )
+    with publish(path) as temporary:
+        with open(temporary, "xb") as file, bar:
+            task = bar.add_task("", total=total)
+            while piece := response.raw.read1(1 << 16):
+                file.write(piece)
+                bar.update(task, completed=file.tell())
+                require(file.tell() <= MAX_DOWNLOAD, f"more than {MAX_DOWNLOAD:,} bytes")
+                slowest = MIN_SPEED * (time.monotonic() - started - sum(TIMEOUT))
+                require(file.tell() > slowest, f"below {MIN_SPEED} bytes per second")
+        check_download(temporary, url, response.headers.get("Content-Type", ""), ending)
+        digest = sha256_of(temporary)
+    with publish(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(f"{digest}  {path.name}\n")
+
+
+def download_error(error: Exception) -> str:
+    """What to say of a failed download; the text of the error has the URL, which may be secret."""
+    if isinstance(error, requests.exceptions.SSLError):
+        fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
+        return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy failed; set HTTPS_PROXY, or unset it"
+    return f"the connection failed ({type(error).__name__})"
+
+
+def download(name: str) -> Path:
+    """The stored copy of a built-in text or URL, downloaded if there is none.  raises: UserError"""
+    built_in = BUILT_IN.get(name, BuiltInText("", mirrors=(name,)))
+    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
+    stem = name if name in BUILT_IN else digest[:16]
+    path = CACHE / f"anexa-{stem}.txt"  # a name that no file of the user has
+    if is_intact(path):
+        log(f"Reading {path} (delete it to download the text again)")
+        return path
+    reasons = []
+    for url in built_in.mirrors:
+        host = public_name(url).split("/")[2]
+        log(f"Downloading {path} from {host} ...")
+        try:
+            fetch(url, path, built_in.ending)
+            return path
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            reasons.append(f"{host}: {download_error(error)}")
+        except (UserError, ValueError) as error:
+            reasons.append(f"{host}: {error}")
+    fix = "try again, or give a text file"
+    raise UserError(f"`data={public_name(name)}`: no download ({'; '.join(reasons)}); {fix}")
+
+
+class Source(NamedTuple):
+    """A file, or bytes, and how to read it."""
+
+    content: Path | bytes
+    encoding: str
+
+    def open(self) -> io.BufferedIOBase:
+        if isinstance(self.content, bytes):
+            return io.BytesIO(self.content)
+        return open(self.content, "rb")
+
+    def __str__(self) -> str:
+        return "the text" if isinstance(self.content, bytes) else printable(str(self.content))
+
+
+def find_texts(name: str, encoding: str) -> list[Source]:
+    """What a name of --data stands for.  raises: UserError"""
+    if name in BUILT_IN and os.path.isfile(name):
+        log(f"NOTE: {name} is the built-in text; for the file of that name give ./{name}")
+    if name == FALLBACK:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[topic] for topic in sorted(topics))
+        return [Source(text.encode(), "utf-8")]
+    if name == "-":
+        return [Source(sys.stdin.buffer.read(), encoding)]
+    if name in BUILT_IN:
+        return [Source(download(name), "utf-8")]
+    if is_url(name):
+        return [Source(download(name), encoding)]
+    path = Path(name or "?")  # Path("") is the current folder
+    if path.is_fifo():
+        return [Source(path.read_bytes(), encoding)]  # it can be read only once
+    if path.is_file():
+        return [Source(path, encoding)]
+    found = path.glob("[!.]*")
+    texts = sorted(p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md"))
+    if not texts and glob.has_magic(name):  # where the shell does not expand *.txt
+        texts = [Path(match) for match in sorted(glob.glob(name)) if os.path.isfile(match)]
+    if not texts:
+        known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
+        raise UserError(f"`data={printable(name)}`: {known}; check the spelling")
+    return [Source(text, encoding) for text in texts]
+
+
+def strip_license(text: str) -> str:
+    """A book without Project Gutenberg's header and footer; other text as it is."""
+    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]{0,300}\*\*\*"
+    start = re.search(marker % "START", text)
+    ends = list(re.finditer(marker % "END", text))
+    if not start or not ends:
+        return text
+    body = text[start.end() : ends[-1].start()].strip()
+    # Older editions have a last line of their own.
+    return re.sub("\nEnd of (the )?Project Gutenberg.*$", "", body).rstrip() + "\n"
+
+
+def text_error(source: Source) -> UserError:
+    """Which byte of a file is not text, and what to do."""
+    with source.open() as file:
+        lines = list(file)
+    sample = b"".join(lines)[:100_000]
+    where = "undecodable bytes"
+    fix = "save it as plain text, not PDF or Word, or give its `encoding`"
+    for number, line in enumerate(lines, 1):
+        at = line.find(b"\0")
+        try:
+            line.decode(source.encoding)
+        except UnicodeDecodeError as error:
+            at = error.start
+        if at >= 0:
+            around = line[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
+            where = f"byte 0x{line[at]:02x} in line {number:,}, near '{printable(around)}'"
+            break
+    is_binary = sample.startswith((b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"))
+    guess = charset_normalizer.from_bytes(sample).best()
+    if guess and not is_binary and guess.encoding not in ("ascii", "utf_8"):
+        fix = f"try `encoding={guess.encoding.replace('_', '-')}`"
+    other = "or add `replace_errors`, and such characters are read as U+FFFD"
+    return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}, {other}")
+
+
+def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[str]:
+    r"""Pieces of the texts, each text on a new line.  raises: UserError
+
+    They have \n line ends, and neither a byte order mark nor a license.
+    """
+    errors = "replace" if replace_errors else "strict"
+    last = "\n"
+    for source in sources:
+        try:
+            with io.TextIOWrapper(source.open(), source.encoding, errors) as file:
+                for i, piece in enumerate(iter(partial(file.read, PIECE), "")):
+                    if replace_errors:
+                        piece = piece.replace("\0", UNKNOWN)
+                    piece.encode()  # some encodings have surrogates, which are not characters
+                    if "\0" in piece:
+                        raise UnicodeError
+                    if i == 0:
+                        piece = strip_license(piece.removeprefix("\ufeff"))
+                        if not last.endswith("\n"):
+                            piece = "\n" + piece
+                    yield piece
+                    last = piece
+        except LookupError:
+            fix = "unknown to Python; try utf-8, latin-1 or cp1252"
+            raise UserError(f"`encoding={source.encoding}`: {fix}") from None
+        except UnicodeError:
+            raise text_error(source) from None
+
+
+def load_corpus(
+    names: list[str] | None,
+    encoding: str = "utf-8",
+    replace_errors: bool = False,
+    folder: str | None = None,
+) -> Corpus:
+    """The texts of --data; without names Sherlock Holmes or, if no mirror answers, FALLBACK.
+
+    They are read twice: for their vocabulary, then for their ids. Those of a long text are in a
+    nameless file in `folder`, by default that for temporary files.  raises: UserError
+    """
+    try:
+        sources = []
+        for name in names or ["sherlock"]:
+            sources += find_texts(name, encoding)
+    except UserError as error:
+        if names:
+            raise
+        log(f"NOTE: {as_options(str(error))}.")
+        log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
+        return load_corpus([FALLBACK])
+    shown = [public_name(name) for name in names or ["sherlock"]]
+    shown = ["standard input" if name == "-" else name for name in shown]
+    is_present = np.zeros(0x110000, bool)
+    sha256 = hashlib.sha256()
+    n = n_unknown = 0
+    for piece in read_texts(sources, replace_errors):
+        is_present[code_points(piece)] = True
+        sha256.update(piece.encode())
+        n += len(piece)
+        n_unknown += piece.count(UNKNOWN)
+    if replace_errors and n_unknown:
+        log(f"NOTE: read as U+FFFD, the unknown character: {n_unknown:,} characters.")
+    all_names = printable(", ".join(shown))
+    is_text = is_present.sum() <= 65_535
+    require(is_text, f"`data={all_names}`: over 65,535 kinds of characters; is it text?")
+    tokenizer = Tokenizer(build_vocab(map(chr, is_present.nonzero()[0])))
+    dtype = tokenizer.table.dtype
+    is_long = n >= LONG_TEXT
+    with tempfile.TemporaryFile(dir=folder) if is_long else io.BytesIO() as file:
+        for piece in read_texts(sources, replace_errors):
+            file.write(tokenizer.encode(piece))
+        ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
+    return Corpus(TextInfo(shown, sha256.hexdigest(), n), tokenizer, ids)
+
+
 # ---- terminal ------------------------------------------------------------------------------------
 # Generated text goes to stdout, everything else to stderr.
 
@@ -1293,8 +2141,11 @@ STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u20
 
 def escape_control(text: str) -> str:
     """`text` with control and bidirectional characters escaped, which could steer a terminal."""
-    spelled = lambda match: match[0].encode("unicode_escape", "surrogatepass").decode()
-    return re.sub(STEERING, spelled, text)
+
+    def spell(match: re.Match) -> str:
+        return match[0].encode("unicode_escape", "surrogatepass").decode()
+
+    return re.sub(STEERING, spell, text)
 
 
 def first_line(error: Exception) -> str:
@@ -1308,67 +2159,98 @@ def write_stdout(text: str) -> None:
 
 def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to a terminal; of several ranks only rank 0 prints."""
-    if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # the reader or the terminal has gone
-            if sys.stderr.isatty():
-                PlainConsole().print(escape_control(text))
-            else:
-                print(escape_control(text), file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+        return
+    with suppress(OSError):  # the reader or the terminal has gone
+        if sys.stderr.isatty():
+            PlainConsole().print(escape_control(text))
+        else:
+            print(escape_control(text), file=sys.stderr, flush=True)
+
+
+def overfits(history: list[Evaluation]) -> bool:
+    """Whether validation loss was above its best five times while training loss fell."""
+    best = min(history, key=lambda row: row.validation_loss)
+    later = [row for row in history if row.step > best.step]
+    return len(later) >= 5 and all(r.training_loss < best.training_loss for r in later[-5:])
 
 
 class ProgressDisplay:
-    """Progress of a training run: a live line on a terminal, plain lines elsewhere, or nothing."""
+    """Progress of a training run: a live line on a terminal or in a notebook, else plain lines."""
 
-    def __init__(self, trainer: Trainer, quiet: bool, board=None):
-        self.t, self.quiet, self.board = trainer, quiet, board
-        self.warned, self.started, self.shown = False, (time.monotonic(), trainer.step), 0.0
-        self.is_live = sys.stderr.isatty() and not quiet
+    def __init__(self, trainer: Trainer, is_shown: bool, tensorboard: Path | None = None):
+        self.trainer = trainer
+        self.is_shown = is_shown
+        self.is_live = is_shown and (sys.stderr.isatty() or PlainConsole().is_jupyter)
+        self.started = time.monotonic()
+        self.first_step = trainer.steps_done
+        self.last_update = 0.0
+        self.has_warned = False
+        self.board = None
+        if tensorboard:
+            writer = optional("torch.utils.tensorboard").SummaryWriter
+            self.board = writer(tensorboard, purge_step=self.first_step + 1)
+        if is_shown:
+            log_run(trainer)
 
     def metrics(self) -> tuple[str, float, str]:
         """Step and losses, characters per second, speed and time left: within 60 columns."""
-        t, (started, first) = self.t, self.started
-        speed = (t.step - first) / max(time.monotonic() - started, 1e-9)  # steps per second
-        left = str(timedelta(seconds=int((t.cfg.max_steps - t.step) / speed))).removeprefix("0:")
-        last, training, validation = t.history[-1] if t.history else (0, math.nan, math.nan)
-        if t.step > last:
-            training = float(t.loss_sum) / (t.step - last)
-        losses = f"{t.step:,}/{t.cfg.max_steps:,} train {training:.3f} val {validation:.3f}"
-        speed *= t.cfg.batch_size * t.model.config.block_size
-        return losses.replace("nan", "  -  "), speed, f"{speed:,.0f} char/s {left} left"
+        t = self.trainer
+        speed = (t.steps_done - self.first_step) / max(time.monotonic() - self.started, 1e-9)
+        seconds_left = int((t.cfg.max_steps - t.steps_done) / speed)
+        left = str(timedelta(seconds=seconds_left)).removeprefix("0:")
+        last = t.history[-1] if t.history else Evaluation(0, math.nan, math.nan)
+        training_loss = last.training_loss
+        if t.steps_done > last.step:
+            training_loss = float(t.loss_sum) / (t.steps_done - last.step)
+        losses = f"train {training_loss:.3f} val {last.validation_loss:.3f}".replace("nan", "  -  ")
+        char_rate = speed * t.cfg.batch_size * t.network.config.block_size
+        steps = f"{t.steps_done:,}/{t.cfg.max_steps:,}"
+        return f"{steps} {losses}", char_rate, f"{char_rate:,.0f} char/s {left} left"
 
     def show(self, line: str = "", end: str = "\r") -> None:
         """Print a line over the live line, which ends in a carriage return."""
-        line = set_cell_size(line, PlainConsole().width - 1)
+        line = set_cell_size(printable(line), PlainConsole().width - 1)
         with suppress(OSError):
             print(line, end=end, file=sys.stderr, flush=True)
 
-    def update(self) -> None:
+    def on_step(self) -> None:
         """Refresh the live line, five times per second at most."""
-        if self.is_live and time.monotonic() - self.shown > 0.2:
-            self.shown, (losses, _, left) = time.monotonic(), self.metrics()
+        if self.is_live and time.monotonic() - self.last_update > 0.2:
+            self.last_update = time.monotonic()
+            losses, _, left = self.metrics()
             self.show(f"{losses} {left}")
 
-    def evaluation(self) -> None:
+    def on_evaluation(self, t: Trainer) -> None:
         """Report an evaluation with a sample of what the model writes."""
-        t, (losses, speed, left) = self.t, self.metrics()
-        if not self.quiet:
+        losses, char_rate, left = self.metrics()
+        if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
-            sample = escape_control(model.generate("\n", max_new=60, seed=0).replace("\n", " "))
+            sample = " ".join(model.generate(max_new=80, seed=0).split())
             if self.is_live:
                 self.show(f"{losses} | {sample}", "\n")
             else:
-                log(f"{losses} {left} | {sample}")
+                log(f"{losses} {left} | {printable(sample)}")
         if self.board:
-            step, training, validation = t.history[-1]
-            scalars = dict(training_loss=training, validation_loss=validation)
-            scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=speed)
+            step, training_loss, validation_loss = t.history[-1]
+            scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
+            scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
             with suppress(OSError):  # a full disk must not end the run
                 for name, value in scalars.items():
                     self.board.add_scalar(name, value, step)
-        if t.overfits() and not self.warned:
-            self.warned = True
+        if overfits(t.history) and not self.has_warned:
+            self.has_warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
-            log("weights are saved; try more --dropout, fewer --max-steps or more text.")
+            log("weights are saved; try a higher dropout, fewer steps or more text.")
+
+    def summary(self, model: Model) -> None:
+        """Report a finished run."""
+        t = self.trainer
+        lowest = min(row.validation_loss for row in t.history)
+        if t.best_loss < lowest - 1e-6:  # which is rounded
+            log("NOTE: training did not improve on the first weights, which are saved.")
+        if self.is_shown:
+            log(f"{loss_chart(t.history)}\n{model.metadata}.")
 
     def close(self) -> None:
         if self.is_live:
@@ -1378,7 +2260,7 @@ class ProgressDisplay:
                 self.board.close()
 
 
-def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
+def loss_chart(history: list[Evaluation], width: int = 60, height: int = 12) -> str:
     """Training (o) and validation (x) loss over the steps as lines of text."""
     if len(history) < 2:
         return ""
@@ -1389,37 +2271,500 @@ def loss_chart(history: list, width: int = 60, height: int = 12) -> str:
     for loss, mark in zip(losses, "ox", strict=True):
         rows = (ticks[0] - loss) / max(ticks[0] - ticks[-1], 1e-9) * (height - 1)
         grid[np.rint(rows).astype(int), columns] = mark
-    lines = [f"{y:7.3f} |{''.join(row).rstrip()}" for y, row in zip(ticks, grid, strict=True)]
-    lines += [f"{'':8}+{'-' * (width - 9)}", f"{'':9}0{f'step {history[-1][0]:,}':>{width - 10}}"]
-    return "\n".join([*lines, f"{'':9}loss in nats/char: o training, x validation"])
+    lines = []
+    for tick, row in zip(ticks, grid, strict=True):
+        lines.append(f"{tick:7.3f} |{''.join(row).rstrip()}")
+    lines.append(f"{'':8}+{'-' * (width - 9)}")
+    lines.append(f"{'':9}0{f'step {history[-1].step:,}':>{width - 10}}")
+    lines.append(f"{'':9}loss in nats/char: o training, x validation")
+    return "\n".join(lines)
+
+
+class SignalCatcher:
+    """Tells train() to stop after Ctrl-C, SIGTERM or SIGHUP, instead of ending the process.
+
+    Until train() asks for the first time, that is before the first step, a signal ends it at once.
+    Ctrl-C again does, too, but not within a second: for one key press a terminal, a wrapper and
+    torchrun may each send a signal.
+    """
+
+    def __init__(self):
+        self.caught = []  # numbers of the signals
+        self.first_time = 0.0
+        self.is_asked = False
+        self.handlers_before = {}
+
+    def __call__(self) -> bool:
+        self.is_asked = True
+        return bool(self.caught)
+
+    def __enter__(self) -> SignalCatcher:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    before = signal.signal(number, self.handle)
+                    self.handlers_before.setdefault(number, before)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame) -> None:
+        if number == signal.SIGINT and not self.is_asked:
+            raise KeyboardInterrupt
+        if not self.is_asked:
+            raise SystemExit(128 + number)
+        now = time.monotonic()
+        self.caught.append(number)
+        if len(self.caught) == 1:
+            self.first_time = now
+            if os.environ.get("RANK", "0") == "0":
+                words = b"\nStopping after this step ... (Ctrl-C again to quit without saving)\n"
+                with suppress(OSError):  # not log, in the midst of which the signal may have come
+                    os.write(2, words)
+        elif number == signal.SIGINT and now - self.first_time > 1:
+            raise KeyboardInterrupt
+
+
+# ---- library -------------------------------------------------------------------------------------
+# A run is known by its output file. Where that exists, the run is finished: nothing trains over it.
+# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
+# new. With `restart` it is new in any case: the model gets another name, the checkpoint goes.
+
+SIZES = {  # 0.8 M, 10.8 M and 86 M parameters
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256},
+    "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
+    "large": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+}
+FREE_SETTINGS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # of a resumed run
+
+
+def optional(module: str):
+    """An optional package, imported.  raises: UserError with the line that installs it"""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[-1]
+        raise UserError(f"this needs {package}: pip install {package}") from None
+
+
+def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and number format for their names or "auto".  raises: UserError if it is missing"""
+    usable = ["cpu"]
+    if torch.backends.mps.is_available():
+        usable.insert(0, "mps")
+    if torch.cuda.is_available():
+        usable.insert(0, "cuda")
+    if device == "auto":
+        device = usable[0]
+    require(device in usable, f"`device={device}`: not found; choose {' or '.join(usable)}")
+    require(dtype in ("auto", "float32", "bfloat16"), f"`dtype={dtype}`: float32 or bfloat16")
+    has_bf16 = False
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in PyTorch 2.9
+        found = torch.cpu.get_capabilities()
+        has_bf16 = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    use_bf16 = dtype == "bfloat16" or (dtype == "auto" and has_bf16)
+    return torch.device(device), torch.bfloat16 if use_bf16 else torch.float32
+
+
+def check_settings(settings: dict) -> dict:
+    """The settings that were asked for; a size stands for four.  raises: UserError"""
+    settings = dict(settings)
+    size = settings.pop("size", None)
+    known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
+    for name, value in settings.items():
+        require(name in known, f"`{name}`: unknown; choose from {', '.join(known)}")
+        cls = (
+            GPTConfig
+            if name in GPTConfig.__dataclass_fields__ and name != "dropout"
+            else TrainConfig
+        )
+        cls.check(name, value, **cls.__dataclass_fields__[name].metadata)
+    if size is not None:
+        require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
+        settings = SIZES[size] | settings
+    return settings
+
+
+def config_diff(asked: dict, saved: dict, *free: str) -> str:
+    """Settings that ask for something else than those `saved`; "" if none."""
+    differing = []
+    for name, value in asked.items():
+        is_free = name in FREE_SETTINGS or name in free
+        if name in saved and not is_free and value != saved[name]:
+            differing.append(f"`{name}={saved[name]}`, not {value}")
+    return ", ".join(differing)
+
+
+class Unfinished(NamedTuple):
+    """A run to resume."""
+
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+
+
+def output_path(out: str | Path) -> Path:
+    """raises: UserError unless a model and all that its run writes beside it can be there"""
+    out = Path(out).expanduser()
+    if out.is_symlink():  # two names of one file are one run
+        out = Path(os.path.realpath(out))
+    is_file = out.suffix == ".safetensors" and not out.is_dir()
+    require(is_file, f"`out={out}`: must be a file ending in .safetensors; choose another name")
+    for path in (out, checkpoint_path(out)):
+        try:
+            file_id(path)
+        except OSError as error:
+            raise UserError(f"`out={out}`: {error.strerror}; choose another name") from None
+    return out
+
+
+def checkpoint_path(out: Path) -> Path:
+    return out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+
+
+class RunFiles:
+    """The model file of a run and its checkpoint."""
+
+    def __init__(self, out: str | Path):
+        self.model = RunFile(output_path(out))
+        self.checkpoint = RunFile(checkpoint_path(self.model.path))
+
+    def find_checkpoint(self, asked: dict, restart: bool) -> Unfinished | None:
+        """The run to resume, None for a new one.  raises: UserError if it must not begin"""
+        out = self.model.path
+        path = self.checkpoint.path
+        unfinished = None
+        if os.path.lexists(path):  # even with `restart`, which removes it
+            fix = "move it away, or choose another `out`"
+            self.checkpoint.written = file_id(path)
+            unfinished = Unfinished(*read_file(path, fix))
+            is_one = is_checkpoint(unfinished.tensors)
+            require(is_one, f"{path}: is a model, not a checkpoint; {fix}")
+        if restart:
+            return None
+        if out.exists():
+            done, _ = read_file(out)
+            run = f"{done.text_names}, {done.step:,} steps"
+            if diff := config_diff(asked, done.settings()):
+                run += f" ({diff})"
+            fix = "Keep it: add `out=FILE`. Start anew: `restart`."
+            fix += f" Fine-tune it: `init={out}` `out=FILE`"
+            if unfinished:
+                fix += f". Resume {path}: move the model away"
+            raise UserError(f"{out}: is already trained on {run}. {fix}")
+        if unfinished:
+            m = unfinished.metadata
+            if diff := config_diff(asked, m.settings(), "max_steps"):
+                fix = "to resume, drop these options; to discard it, add `restart`"
+                raise UserError(f"{path}: is at step {m.step:,} with {diff}; {fix}")
+        return unfinished
+
+    def begin(self, trainer: Trainer) -> None:
+        """A resumed run says so; a new one keeps an old model, and drops an old checkpoint."""
+        out = self.model.path
+        if trainer.steps_done:
+            return log(f"Resuming {self.checkpoint.path} at step {trainer.steps_done:,}.")
+        if out.exists():  # `restart`
+            old = out.rename(free_name(out, "old"))
+            log(f"{out}: renamed to {old}")
+        self.checkpoint.remove()  # else a crash before the first save would revive it
+
+    def save_model(self, model: Model) -> None:
+        """raises: UserError"""
+        weights = dict(model.network.named_parameters())
+        self.model.rescue(weights, model.metadata.to_header())
+        self.checkpoint.remove()
+        model.path = self.model.path
+
+
+def saved_names(metadata: Metadata) -> list[str]:
+    """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
+    for name in metadata.data.names:
+        is_remote = is_url(name) or re.match(r"[\\/]{2}", name)  # \\PC\FILE is a network path
+        is_here = name in BUILT_IN or os.path.exists(name)
+        fix = f"its text {printable(name)} is not here; name it with `data`"
+        require(is_here and not is_remote, fix)
+    return metadata.data.names
+
+
+def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
+    """Weights of `model` for another vocabulary: new characters get the mean embedding."""
+    wte = model.network.wte.weight.detach()
+    rows = to_tensor(model.tokenizer.encode(characters), wte.device)  # (V,), 0 if new
+    embeddings = wte[rows]  # (V, C)
+    embeddings[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
+    return model.network.state_dict() | {"wte.weight": embeddings}
+
+
+def check_corpus(corpus: Corpus, block_size: int) -> None:
+    """raises: UserError if the text is too short, or broken"""
+    name = printable(", ".join(corpus.info.names))
+    needed = 10 * block_size + 10
+    n = np.count_nonzero(corpus.ids)  # without U+FFFD
+    fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller `block_size`"
+    require(n >= needed, f"`data={name}`: {n:,} characters, but {fix}")
+    train_ids, val_ids = split_ids(corpus.ids)
+    is_text = train_ids[1:].any() and val_ids[1:].any()
+    fix = "save it again, or give its real `encoding`"
+    require(is_text, f"`data={name}`: U+FFFD, the mark of broken characters, all over; {fix}")
+
+
+class Plan(NamedTuple):
+    """What a run will be, decided before its text is read."""
+
+    config: GPTConfig
+    cfg: TrainConfig
+    init: Model | None
+    unfinished: Unfinished | None
+
+
+def make_plan(asked: dict, unfinished: Unfinished | None) -> Plan:
+    """raises: UserError
+
+    A setting is what was asked for, else that of the unfinished run, else that of `init`.
+    """
+    init = None
+    shape = {}
+    training = {}
+    if unfinished:
+        shape = asdict(unfinished.metadata.config)
+        training = unfinished.metadata.training
+    elif asked.get("init"):
+        init = load(asked["init"], plain=True)
+        shape = asdict(init.metadata.config)
+        if diff := config_diff(asked, shape, "dropout"):
+            raise UserError(f"`init={asked['init']}`: is a model with {diff}; drop these options")
+    config = GPTConfig.pick(shape | asked | {"dropout": 0.0})  # a Trainer decides on dropout
+    cfg = TrainConfig.pick(training | asked)
+    step = unfinished.metadata.step if unfinished else 0
+    fix = f"step {step:,} is done; choose more"
+    require(step < cfg.max_steps, f"`max_steps={cfg.max_steps}`: {fix}")
+    return Plan(config, cfg, init, unfinished)
+
+
+def make_trainer(
+    plan: Plan, corpus: Corpus, device: torch.device, dtype: torch.dtype, ctx: DistributedContext
+) -> Trainer:
+    """Trainer of a new run, or of the unfinished one.  raises: UserError"""
+    check_corpus(corpus, plan.config.block_size)
+    if plan.unfinished:
+        name = printable(", ".join(corpus.info.names))
+        is_same = corpus.info.sha256 == plan.unfinished.metadata.data.sha256
+        require(is_same, f"`data={name}`: not the text of the run; give that, or add `restart`")
+    arguments = (corpus, plan.config, plan.cfg, device, dtype)
+    trainer = Trainer(*arguments) if ctx.world_size == 1 else DistributedTrainer(ctx, *arguments)
+    if plan.init:
+        weights = initial_weights(plan.init, corpus.tokenizer.characters)
+        trainer.network.load_state_dict(weights)
+        trainer.ema.load_state_dict(weights)
+    if plan.unfinished:
+        trainer.load_state_dict(plan.unfinished.tensors, plan.unfinished.metadata)
+    return trainer
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within it Ctrl-C, SIGTERM and SIGHUP go into the list instead of ending the process.
-
-    Ctrl-C again raises KeyboardInterrupt, but not within a second: for one key press a terminal,
-    a wrapper and torchrun may each send a signal.
-    """
-    caught, times = [], []
-
-    def handle(number, frame) -> None:
-        caught.append(number)
-        times.append(time.monotonic())
-        if number == signal.SIGINT and times[-1] - times[0] > 1:
-            raise KeyboardInterrupt
-        if len(caught) == 1 and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # not log, in the midst of which the signal may have come
-                os.write(2, b"\nStopping after this step ... (Ctrl-C again: quit without saving)\n")
-
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    ignored = {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as under nohup
-    before = {n: signal.signal(n, handle) for n in numbers - ignored}
+def training_lock(out: Path) -> Iterator[None]:
+    """One training per output file; the lock ends with the process.  raises: UserError"""
+    # The file stays: if it went, a second process could lock another one of its name.
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, mode=0o666)
+    wait = "wait, or choose another folder"
     try:
-        yield caught
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"`out={out}`: another process trains it; {wait}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            reason = error.strerror or "no file can be made there"
+            raise UserError(f"`out={out}`: cannot be written ({reason}); {wait}") from None
+        note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
+    except NotImplementedError:  # filelock's word for a file system without locks
+        note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        lock.release()
+
+
+@contextmanager
+def training_state() -> Iterator[None]:
+    """Puts back what a training run changes in the process: random state and malloc's settings."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices), ExitStack() as stack:
+        with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
+            stack.callback(libc.malloc_trim, 0)
+            stack.callback(libc.mallopt, -1, 128 << 10)  # their defaults
+            stack.callback(libc.mallopt, -4, 65_536)
+        yield
+
+
+def log_run(t: Trainer) -> None:
+    """Log text, network, device and schedule."""
+    n = len(t.corpus.ids)
+    m = t.metadata()
+    if n < 100_000:
+        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
+    epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
+    init = f" of {t.cfg.init}" if t.cfg.init else ""
+    log(
+        f"{m.text_names}: {n:,} characters, {len(m.characters) - 1} different; "
+        f"{m.config.size()}{init} on {t.device.type} in {m.training['dtype']}; "
+        f"{t.cfg.max_steps:,} steps of {t.cfg.batch_size:,} x {m.config.block_size:,} characters, "
+        f"{epochs:,.1f} epochs, dropout {t.cfg.dropout}; "
+        f"validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
+    )
+
+
+class Checkpointer:
+    """Saves a run regularly, in at most 1% of the time, and when it stops."""
+
+    def __init__(self, trainer: Trainer, file: RunFile):
+        self.trainer = trainer
+        self.file = file
+        self.next_save = time.monotonic() + trainer.cfg.checkpoint_interval
+
+    def is_due(self) -> bool:
+        return time.monotonic() > self.next_save
+
+    def save(self, is_last: bool) -> None:
+        """raises: UserError if the last checkpoint of a run cannot be saved"""
+        started = time.monotonic()
+        header = self.trainer.metadata().to_header("checkpoint")
+        tensors = self.trainer.state_dict()
+        if is_last:
+            self.file.rescue(tensors, header)
+        else:
+            try:
+                self.file.write(tensors, header)
+            except OSError as error:
+                reason = error.strerror or error
+                log(f"NOTE: {self.file.path}: not saved ({reason}); going on")
+        now = time.monotonic()
+        interval = max(self.trainer.cfg.checkpoint_interval, 100 * (now - started))
+        self.next_save = now + interval
+
+
+def use_fast_training(trainer: Trainer) -> None:
+    """A step with the fast `attention` and, on one GPU, as a CUDA graph."""
+    use_fast_attention(trainer.network, trainer.dtype)
+    use_fast_attention(trainer.ema, trainer.dtype)
+    if trainer.device.type == "cuda" and not isinstance(trainer, DistributedTrainer):
+        trainer.update = CudaGraph(trainer.update)
+
+
+def train(
+    data: str | list[str] | None = None,
+    *,
+    text: str | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    encoding: str = "utf-8",
+    replace_errors: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+    plain: bool = False,
+    tensorboard: str | Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **settings,
+) -> Model:
+    """Train a model; returns it with the weights of its lowest validation loss.
+
+    data: names of texts, files, folders or URLs, as for --data; or else
+    text: the text itself
+    out: model file to write; with it the run is locked, saved every minute, and resumed by the
+        same call. Where `should_stop()` ends it, the model of that moment is returned.
+    settings: size, init, and the fields of GPTConfig and TrainConfig, as max_steps=1000
+    raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
+    """
+    asked = check_settings(settings)
+    names = [str(data)] if isinstance(data, (str, Path)) else data
+    require(text is None or not names, "`data` and `text`: give only one of them")
+    selected, number_format = select_device(device, dtype)
+    files = RunFiles(out) if out is not None else None
+    with ExitStack() as stack:
+        ctx = stack.enter_context(init_distributed(selected))
+        stack.enter_context(training_state())
+        is_first = ctx.rank == 0
+
+        def prepare() -> Trainer:
+            unfinished = None
+            if files and is_first:
+                stack.enter_context(training_lock(files.model.path))
+            if files:
+                unfinished = files.find_checkpoint(asked, restart)
+            plan = make_plan(asked, unfinished)
+            if text is not None:
+                corpus = Corpus.from_text(text)
+            else:
+                found = saved_names(unfinished.metadata) if unfinished and not names else names
+                folder = files.model.path.parent if files else None
+                corpus = load_corpus(found, encoding, replace_errors, folder)
+            saved_dtype = unfinished.metadata.training.get("dtype") if unfinished else None
+            is_saved = dtype == "auto" and saved_dtype is not None  # the format of the run
+            chosen = getattr(torch, str(saved_dtype), torch.float32) if is_saved else number_format
+            return make_trainer(plan, corpus, selected, chosen, ctx)
+
+        trainer = ctx.on_all_ranks(prepare)
+        ctx.check_equal(repr(trainer.metadata()))
+        if not plain:
+            use_fast_training(trainer)
+        if files and is_first:
+            files.begin(trainer)
+        display = ProgressDisplay(trainer, progress and is_first, tensorboard if is_first else None)
+        stack.enter_context(closing(display))
+        model = run_training(trainer, files, ctx, display, should_stop)
+    if not plain:
+        use_fast_paths(model)
+    return model
+
+
+def run_training(
+    trainer: Trainer,
+    files: RunFiles | None,
+    ctx: DistributedContext,
+    display: ProgressDisplay,
+    should_stop: Callable[[], bool],
+) -> Model:
+    """Train to the end, or until `should_stop()`; returns the best model, saved if `files`."""
+    is_writer = files is not None and ctx.rank == 0
+    checkpointer = Checkpointer(trainer, files.checkpoint) if files else None
+
+    def after_step(trainer: Trainer) -> bool:
+        display.on_step()
+        is_due = checkpointer is not None and checkpointer.is_due()
+        stop, save = ctx.any_rank(should_stop(), is_due)
+        is_unfinished = trainer.steps_done < trainer.cfg.max_steps
+        if is_writer and is_unfinished and (stop or save):
+            checkpointer.save(is_last=stop)
+        return stop
+
+    should_stop()  # from here on a signal is a request to stop after a step
+    try:
+        trainer.fit(display.on_evaluation, after_step)
+    except Diverged as error:
+        error.model = trainer.best_model()
+        if is_writer and trainer.best_weights:
+            files.save_model(error.model)
+            error.args = (f"{error}; its best weights are saved in {error.model.path}",)
+        raise
+    model = trainer.best_model()
+    if trainer.steps_done == trainer.cfg.max_steps:
+        display.summary(model)
+        if is_writer:
+            files.save_model(model)
+        elif files:
+            model.path = files.model.path
+    elif files:
+        model.path = files.checkpoint.path
+    return model
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -1428,98 +2773,221 @@ def stop_signals() -> Iterator[list[int]]:
 VIEWS = ("tokens", "probs", "why", "attn")
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
-is_open = re.compile('(?s)"""(?!.*""")').match  # of a prompt: three more quotes must end it
+MAX_VIEW = 2_000  # characters that a view shows
 
 
-def visible(text: str) -> str:
-    r"""`text` with what moves the cursor or has no width spelt out, as \n or \u0301."""
-    spell = lambda c: c.encode("unicode_escape").decode()
-    return "".join(c if c.isprintable() and cell_len(c) else spell(c) for c in text)
+def spell_invisible(text: str) -> str:
+    r"""`text` with what moves the cursor or has no width spelled out, as \n or \u0301."""
+    spelled = []
+    for c in text:
+        is_visible = c.isprintable() and cell_len(c) > 0
+        spelled.append(c if is_visible else c.encode("unicode_escape").decode())
+    return "".join(spelled)
 
 
-def annotated(text: str, styles: list[str], notes: list[str], width: int) -> Text:
+def annotate(text: str, styles: list[str], notes: list[str], width: int) -> Text:
     r"""Each character of `text` in its style, with its note below; \n ends a line."""
-    lines, cells_left = [], 0
+    lines = []
+    cells_left = 0
     for c, style, note in zip(text, styles, notes, strict=True):
-        room = max(cell_len(visible(c)), len(note))
-        if room > cells_left:
+        shown = spell_invisible(c)
+        n_cells = max(cell_len(shown), len(note))
+        if n_cells > cells_left:
             lines += [Text(), Text(style="dim")]  # characters, notes
             cells_left = width
-        lines[-2].append(set_cell_size(visible(c), room), style)
-        lines[-1].append(f"{note:<{room}}")
-        cells_left = 0 if c == "\n" else cells_left - room
+        lines[-2].append(set_cell_size(shown, n_cells), style)
+        lines[-1].append(f"{note:<{n_cells}}")
+        cells_left = 0 if c == "\n" else cells_left - n_cells
     return Text("\n").join(lines)
 
 
-@torch.no_grad()
-def predictions(model: Model, ids: np.ndarray, first: int) -> Tensor:
-    """Logits (N + 1 - first, V) of the characters `first` > 0 to N of a text ids (N,).
-
-    Each is predicted from the context that it has when `generate_ids` writes the text.
-    """
-    T, device, parts = model.network.config.block_size, model.network.wte.weight.device, []
-    ids = torch.from_numpy(ids.astype("i8")).to(device)
-    while first <= len(ids):
-        start = context_start(first, T)
-        logits = model.network(ids[None, start : start + T])[0]  # (T or fewer, V)
-        parts.append(logits[first - start - 1 :].float().cpu())
-        first = start + T + 1
-    return torch.cat(parts)
+def change_notice(changes: dict[str, str]) -> str:
+    """What normalize_prompt() changed, in words; "" if nothing."""
+    words = []
+    for old, new in list(changes.items())[:10]:
+        old = spell_invisible(old)
+        words.append(f"read {old} as {spell_invisible(new)}" if new else f"dropped {old}")
+    if len(changes) > 10:
+        words.append(f"and {len(changes) - 10:,} more")
+    return ", ".join(words)
 
 
-@torch.no_grad()
-def attention_weights(network: GPT, ids: Tensor, layer: int) -> Tensor:
-    """Attention weights (H, T, T) of `layer` for ids (T,): row t is what position t attends to."""
-    T, H, outputs, c_attn = len(ids), network.config.n_head, [], network.h[layer].attn.c_attn
-    with c_attn.register_forward_hook(lambda module, args, output: outputs.append(output)):
-        network(ids[None].to(network.wte.weight.device))
-    q, k, _ = outputs[0].view(1, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
-    # Attention mixes values by its weights; values that form the unit matrix give the weights.
-    return attention(q, k, torch.eye(T, device=q.device).expand(1, H, T, T))[0].cpu()
-
-
-def normalized(model: Model, prompt: str) -> str:
+def normalize_and_log(model: Model, prompt: str) -> str:
     """`prompt` in known characters; says what was changed, and how much of it is read."""
-    text, notice = model.tokenizer.normalize_prompt(prompt)
-    n, T = len(text), model.network.config.block_size
-    if notice:
-        log(f"({notice})")
+    text, changes = model.tokenizer.normalize_prompt(prompt)
+    n = len(text)
+    T = model.network.config.block_size
+    if changes:
+        log(f"({change_notice(changes)})")
     if n > T:
         log(f"(the context has {T:,} characters: the last {n - context_start(n, T):,} are read)")
     return text
 
 
+def shown_part(text: str) -> str:
+    """The end of a text that is too long for a view; says so."""
+    if len(text) > MAX_VIEW:
+        log(f"(of {len(text):,} characters the last {MAX_VIEW:,} are shown)")
+    return text[-MAX_VIEW:]
+
+
+def view_tokens(model: Model, text: str, console: Console) -> None:
+    """Ids of a text, and what is read in place of unknown characters."""
+    text = shown_part(text)
+    tokenizer = model.tokenizer
+    styles = []
+    notes = []
+    clusters = list(split_clusters(text.replace("\r\n", "\n").replace("\r", "\n")))
+    for cluster in clusters:
+        known, _ = tokenizer.normalize_prompt(cluster)
+        ids = "+".join(map(str, tokenizer.encode(known))) or "-"
+        styles.append(WARM[cluster != known])
+        notes.append(f"{ids} ")
+    known, changes = tokenizer.normalize_prompt(text)
+    n = sum(map(len, clusters))
+    console.print(annotate(clusters, styles, notes, console.width))
+    console.print(f"characters: {n:,}, ids: {len(known):,}, of 1 to {len(tokenizer) - 1:,}")
+    if changes:
+        console.print(change_notice(changes))
+
+
+def setting_columns(model: Model, text: str, cfg: SampleConfig) -> dict[str, ndarray]:
+    """Probabilities (V,) of the next character: the model's, then after each active setting."""
+    columns = {"model": model.next_characters(text)}
+    active = {"temperature": 1.0}
+    for name in PROCESSORS:
+        value = getattr(cfg, name)
+        default = 1.0 if name == "temperature" else getattr(SampleConfig(), name)
+        if value == default:
+            continue
+        active[name] = value or 1e-6  # temperature 0 is a limit
+        label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
+        columns[f"{label} {value:g}"] = model.next_characters(text, **active)
+    return columns
+
+
+def view_probs(model: Model, text: str, cfg: SampleConfig, console: Console) -> None:
+    """Chart of the probabilities of the next character, after each active setting."""
+    columns = setting_columns(model, text, cfg)
+    bar_width = (console.width - 8) // len(columns) - 7  # without the numbers
+    unit = bar_width / max(p.max() for p in columns.values())  # cells for a probability of 1
+    headers = [Column(name, style=COOL[1]) for name in columns]
+    table = Table(Column("next", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
+    n = max(4, min(12, console.height - 6))
+    order = columns["model"].argsort(kind="stable")[::-1]  # likeliest first
+    for i in order[:n]:
+        cells = []
+        for p in columns.values():
+            bar = "█" * round(unit * p[i])
+            cells.append(f"{100 * p[i]:4.1f} {bar}".rstrip() if p[i] else "   -")
+        table.add_row(f"'{spell_invisible(model.tokenizer.characters[i])}'", *cells)
+    sums = [p[order[n:]].sum() for p in columns.values()]
+    table.add_row(f"{len(order[n:])} more", *(f"{100 * p:4.1f}" if p else "   -" for p in sums))
+    context = model.tokenizer.decode(model.prompt_ids(text)[-20:])
+    console.print(f"After '{spell_invisible(context)}', in percent:", table)
+
+
+def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
+    """Surprise of each character of a text that follows a prompt."""
+    text, _ = model.tokenizer.normalize_prompt(text)
+    require(text, "there is no answer yet; type a prompt")
+    n_hidden = len(text) - len(shown_part(text))
+    prompt = model.tokenizer.decode(model.prompt_ids(prompt)) + text[:n_hidden]
+    text = text[n_hidden:]
+    surprise = model.surprise(text, prompt)  # (N,)
+    digits = [str(min(9, round(bits)) or "") for bits in surprise.tolist()]
+    styles = [WARM[min(3, int(bits / 2))] for bits in surprise.tolist()]
+    total = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
+    console.print("Digit = surprise in bits: n means a 1-in-2^n chance")
+    console.print(annotate(text, styles, digits, console.width))
+    console.print(f"characters: {len(text):,}, {total}; least expected:")
+    width = max(8, console.width - 34)
+    for i in surprise.argsort(kind="stable")[:-4:-1]:
+        before = prompt + text[:i]
+        probs = model.next_characters(before)
+        best = probs.argmax()
+        likeliest = (
+            f"('{spell_invisible(model.tokenizer.characters[best])}' {-np.log2(probs[best]):.1f})"
+        )
+        context = spell_invisible(before[-width:])
+        console.print(
+            f"'{spell_invisible(text[i])}' {surprise[i]:.1f} bits {likeliest} after '{context}'"
+        )
+
+
+def view_attn(model: Model, text: str, layer: str, head: str, console: Console) -> None:
+    """Map of the attention within a text; by default of the last layer, and the mean of heads."""
+    config = model.network.config
+    for name, word, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
+        is_valid = not word or word in map(str, range(1, last + 1))
+        require(is_valid, f"`{name}={word}`: must be from 1 to {last}")
+    layer = int(layer or config.n_layer)
+    weights = model.attention(text)[layer - 1]  # (H, T, T)
+    which = "mean of heads:"
+    if head:
+        which = f"head {head} of"
+        weights = weights[int(head) - 1]  # (T, T)
+    else:
+        weights = weights.mean(0)  # (T, T)
+    ids = model.prompt_ids(text)[-len(weights) :]
+    names = [spell_invisible(model.tokenizer.characters[i]) for i in ids]
+    n = min(len(ids), max(1, console.width // 2 - 8), max(8, console.height - 4))
+    lines = Text(f"Layer {layer} of {config.n_layer}, {which} {config.n_head}\n")
+    lines.append("attention from: ░ 5%  ▒ 15%  ▓ 30%  █ 60%\n    ")
+    lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
+    for name, row in zip(names[-n:], weights[-n:], strict=True):
+        lines.append(f"\n {set_cell_size(name, 2)} ", "bold")
+        for level in np.digitize(row[-n:], [0.05, 0.15, 0.3, 0.6]):
+            lines.append(" ░▒▓█"[level] * 2, COOL[level])
+        lines.append(f" '{names[row.argmax()]}' {row.max():.0%}")
+    console.print(lines)
+
+
+class ChatCommand(NamedTuple):
+    run: Callable[[Chat, str], None]
+    usage: str
+    help: str
+
+
 class Chat:
-    """A session with a model. `do_NAME(argument)` is the command /NAME, its docstring the help."""
+    """A session with a model."""
 
     def __init__(self, model: Model, cfg: SampleConfig):
-        self.model, self.cfg, self.console = model, cfg, PlainConsole()
-        self.prompt, self.written, self.seed = "", "", None  # of the last answer
-        self.commands = {n[3:]: getattr(self, n) for n in vars(Chat) if n.startswith("do_")}
-        self.settings = {f.name.replace("_", "-"): f for f in fields(SampleConfig)}
+        self.model = model
+        self.cfg = cfg
+        self.console = PlainConsole()
+        self.prompt = ""  # of the last answer
+        self.written = ""
+        self.seed = None
 
     def respond(self, line: str) -> None:
         """Answer a prompt or run a command.  raises: UserError; EOFError to leave"""
         if line.startswith('"""'):
-            return self.answer(line.split('"""')[1].removeprefix("\n").removesuffix("\n"))
+            text, _, rest = line[3:].partition('"""')
+            return self.answer(text.removeprefix("\n").removesuffix("\n") + rest.rstrip())
         if line.strip() in ("quit", "exit"):
             raise EOFError
         if not line.startswith("/"):
             return self.answer(line)
         name, _, argument = line[1:].partition(" ")
-        require(name in self.commands, f"/{name}: unknown; /help lists the commands")
-        needs_file = self.commands[name].__doc__.startswith("FILE")
+        require(name in CHAT_COMMANDS, f"/{name}: unknown; /help lists the commands")
+        command = CHAT_COMMANDS[name]
+        needs_file = command.usage == "FILE"
         require(argument.strip() or not needs_file, f"usage: /{name} FILE")
-        self.commands[name](argument)
+        command.run(self, argument)
 
     def answer(self, prompt: str, echo: bool = True) -> None:
         """Continue `prompt` until done or Ctrl-C; `echo`: show it before its continuation."""
-        text = normalized(self.model, prompt)
+        text = normalize_and_log(self.model, prompt)
         require(text, "there is nothing to continue; type a prompt")
         start = context_start(len(text), self.model.network.config.block_size)
-        self.seed = secrets.randbelow(10**9) if self.cfg.seed is None else self.cfg.seed
-        self.prompt, self.written = prompt, ""
-        print(f"Response: {'...' * (start > 0 or not echo)}", end="", file=sys.stderr, flush=True)
+        self.seed = self.cfg.seed
+        if self.seed is None:
+            self.seed = secrets.randbelow(10**9)
+        self.prompt = prompt
+        self.written = ""
+        is_cut = start > 0 or not echo
+        print("Response: ..." if is_cut else "Response: ", end="", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # ends the answer; what has come stays
             write_stdout(text[start:] if echo else "")
             for (piece,) in self.model.stream_batch(text, replace(self.cfg, seed=self.seed)):
@@ -1533,181 +3001,166 @@ class Chat:
             grid.add_row(*row)
         self.console.print(grid)
 
-    def do_help(self, _: str) -> None:
-        """: list the commands."""
-        usages = {f"/{name} ": do.__doc__.split(": ", 1) for name, do in self.commands.items()}
-        self.table((name + usage, text.rstrip(".")) for name, (usage, text) in usages.items())
+    def help(self, _: str) -> None:
+        self.table((f"/{name} {c.usage}".rstrip(), c.help) for name, c in CHAT_COMMANDS.items())
         log('"""TEXT""" may have several lines, or begin with /. Ctrl-C stops an answer.')
 
-    def do_set(self, argument: str) -> None:
-        """NAME [VALUE]: change a setting, as /set top-k 5; without a value back to its default."""
+    def set(self, argument: str) -> None:
         name, _, value = argument.strip().partition(" ")
-        setting = self.settings.get(name.replace("_", "-"))
-        require(setting, f"/set {name or 'NAME'}: choose from {', '.join(self.settings)}")
-        kind, new = field_types(setting)[0], value or setting.default
-        with suppress(ValueError):  # the config says what it must be
-            if value:
-                new = (*self.cfg.stop, unescape(value)) if kind is tuple else kind(value)
-        self.cfg = replace(self.cfg, **{setting.name: new})
-        log(f"({name} {self.shown(setting)})")
+        field_name = name.replace("-", "_")
+        choices = ", ".join(option_name(setting.name) for setting in fields(SampleConfig))
+        is_known = field_name in SampleConfig.__dataclass_fields__
+        require(is_known, f"/set {name or 'NAME'}: choose from {choices}")
+        kind = field_types(SampleConfig, field_name)[0]
+        new = SampleConfig.__dataclass_fields__[field_name].default
+        if value and kind is tuple:
+            new = (*self.cfg.stop, unescape(value))
+        elif value:
+            new = parse_number(kind, value)
+        self.cfg = replace(self.cfg, **{field_name: new})
+        log(f"({name} {self.setting(field_name)})")
 
-    def shown(self, setting) -> str:
-        value = getattr(self.cfg, setting.name)
+    def setting(self, name: str) -> str:
+        """A sampling setting as text."""
+        value = getattr(self.cfg, name)
         if isinstance(value, tuple):
-            return " ".join(f"'{visible(text)}'" for text in value) or "none"
+            return " ".join(f"'{spell_invisible(text)}'" for text in value) or "none"
         return "random" if value is None else f"{value:,}"
 
-    def do_show(self, _: str) -> None:
-        """: show the settings, the model, and the seed of the last answer."""
-        self.table((n, self.shown(f), f.metadata["help"]) for n, f in self.settings.items())
+    def show(self, _: str) -> None:
+        rows = []
+        for setting in fields(SampleConfig):
+            name = setting.name
+            rows.append((option_name(name), self.setting(name), setting.metadata["help"]))
+        self.table(rows)
         log(f"model: {self.model.metadata}")
         if self.seed is not None:
             log(f"to repeat the last answer: /set seed {self.seed}, then /regen")
 
-    def do_regen(self, _: str) -> None:
-        """: answer the last prompt again."""
+    def regen(self, _: str) -> None:
         self.answer(self.prompt)
 
-    def do_more(self, _: str) -> None:
-        """: continue the last answer."""
+    def more(self, _: str) -> None:
         self.answer(self.prompt + self.written, echo=False)
 
-    def do_read(self, file: str) -> None:
-        """FILE: continue the text in a file."""
-        path = Path(os.path.expanduser(file.strip()))
-        if not path.is_file():  # a pipe would block
-            raise UserError(f"/read {file}: no such file; check the spelling")
-        self.answer("".join(read_texts([(path, "utf-8")])).removesuffix("\n"))
+    def read(self, file: str) -> None:
+        path = Path(file.strip()).expanduser()
+        require(path.is_file(), f"/read {file}: no such file; check the spelling")  # no pipe
+        self.answer("".join(read_texts([Source(path, "utf-8")])).removesuffix("\n"))
 
-    def do_model(self, file: str) -> None:
-        """FILE: switch to another model; /regen gives it the last prompt."""
-        self.model = load(os.path.expanduser(file.strip()), self.model.network.wte.weight.device)
+    def switch_model(self, file: str) -> None:
+        path = Path(file.strip()).expanduser()
+        self.model = load(path, self.model.network.device)
         log(f"{file}: {self.model.metadata}")
 
-    def do_tokens(self, text: str) -> None:
-        """[TEXT]: show the ids of a text, or of the last prompt."""
-        text, tokenizer = text or self.prompt, self.model.tokenizer
-        mapped = [tokenizer.normalize_prompt(c)[0] for c in text]  # "" where it is dropped
-        styles = [WARM[c != known] for c, known in zip(text, mapped, strict=True)]
-        ids = ["+".join(map(str, tokenizer.encode(known))) or "-" for known in mapped]
-        self.console.print(annotated(text, styles, [f"{i} " for i in ids], self.console.width))
-        known, notice = tokenizer.normalize_prompt(text)
-        counts = f"characters: {len(text):,}, ids: {len(known):,}, of 1 to {len(tokenizer) - 1:,}"
-        self.console.print(f"{counts}\n{visible(notice)}".rstrip())
+    def tokens(self, text: str) -> None:
+        view_tokens(self.model, text or self.prompt, self.console)
 
-    def do_probs(self, text: str) -> None:
-        """[TEXT]: chart the probabilities of the next character, after each active setting."""
-        tokenizer, ids = self.model.tokenizer, self.model.prompt_ids(text or self.prompt)
-        logits = predictions(self.model, ids, len(ids)).numpy()  # (1, V)
-        columns, active = {"model": softmax(logits)[0]}, SampleConfig(temperature=1.0)  # all off
-        logits[:, 0] = -np.inf  # U+FFFD is never sampled
-        seen = np.isin(np.arange(logits.size), ids)[None]
-        for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p"):
-            value = getattr(self.cfg, name)
-            if value == getattr(active, name):
-                continue
-            active = replace(active, **{name: value or 1e-6})  # temperature 0 is a limit
-            label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
-            columns[f"{label} {value:g}"] = softmax(process_logits(logits, active, seen))[0]
-        bar_width = (self.console.width - 8) // len(columns) - 7  # without the numbers
-        unit = bar_width / np.max([*columns.values()])  # cells for a probability of 1
-        cell = lambda p, bar="": f"{100 * p:4.1f} {bar}".rstrip() if p else "   -"
-        headers = [Column(name, style=COOL[1]) for name in columns]
-        table = Table(Column("next", no_wrap=True), *headers, box=None, padding=(0, 1, 0, 0))
-        n = max(4, min(12, self.console.height - 6))
-        likeliest, others = np.split(columns["model"].argsort(kind="stable")[::-1], [n])
-        for i in likeliest:
-            cells = (cell(p[i], "█" * round(unit * p[i])) for p in columns.values())
-            table.add_row(f"'{visible(tokenizer.characters[i])}'", *cells)
-        table.add_row(f"{len(others)} more", *(cell(p[others].sum()) for p in columns.values()))
-        context = visible(tokenizer.decode(ids[-20:]))
-        self.console.print(f"After '{context}', in percent:", table)
+    def probs(self, text: str) -> None:
+        view_probs(self.model, text or self.prompt, self.cfg, self.console)
 
-    def do_why(self, text: str) -> None:
-        """[TEXT]: show the surprise of each character of a text, or of the last answer."""
-        prompt, answer = ("", text) if text else (self.prompt, self.written)
-        answer, _ = self.model.tokenizer.normalize_prompt(answer)
-        require(answer, "there is no answer yet; type a prompt")
-        tokenizer, before = self.model.tokenizer, self.model.prompt_ids(prompt)
-        ids, n = np.concatenate((before, tokenizer.encode(answer))).astype("i8"), len(before)
-        logits = predictions(self.model, ids, n)[:-1]  # (N, V), one row per character of the answer
-        bits = logits.log_softmax(-1) / -math.log(2)  # surprise is -log2 p
-        surprise = bits[range(len(answer)), ids[n:]]  # (N,)
-        digits = [str(min(9, round(s)) or "") for s in surprise.tolist()]
-        styles = [WARM[min(3, int(s / 2))] for s in surprise.tolist()]
-        mean = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
-        self.console.print("Digit = surprise in bits: n means a 1-in-2^n chance")
-        self.console.print(annotated(answer, styles, digits, self.console.width))
-        self.console.print(f"characters: {len(answer):,}, {mean}; least expected:")
-        for i in surprise.topk(min(3, len(answer))).indices.tolist():
-            least, best = bits[i].min(-1)
-            likeliest = f"('{visible(tokenizer.characters[best])}' {least:.1f})"
-            line = f"'{visible(answer[i])}' {surprise[i]:.1f} bits {likeliest} after "
-            context = tokenizer.decode(ids[: n + i][-max(8, self.console.width - 34) :])
-            self.console.print(f"{line}'{visible(context)}'")
+    def why(self, text: str) -> None:
+        if text:
+            view_why(self.model, text, "", self.console)
+        else:
+            view_why(self.model, self.written, self.prompt, self.console)
 
-    def do_attn(self, numbers: str) -> None:
-        """[LAYER] [HEAD]: map the attention within the last prompt (last layer, mean of heads)."""
-        config, (layer, head) = self.model.network.config, [*numbers.split(), "", ""][:2]
-        for name, word, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
-            if word and word not in map(str, range(1, last + 1)):
-                raise UserError(f"--{name} {word}: must be from 1 to {last}")
-        layer, head = int(layer or config.n_layer), int(head or 0)
-        ids = self.model.prompt_ids(self.prompt)
-        ids = torch.from_numpy(ids[context_start(len(ids), config.block_size) :].astype("i8"))
-        weights = attention_weights(self.model.network, ids, layer - 1)  # (H, T, T)
-        weights = weights[head - 1] if head else weights.mean(0)  # (T, T)
-        n = min(len(ids), max(1, self.console.width // 2 - 8), max(8, self.console.height - 4))
-        names = [visible(self.model.tokenizer.characters[i]) for i in ids]
-        which = f"head {head} of" if head else "mean of heads:"
-        lines = Text(f"Layer {layer} of {config.n_layer}, {which} {config.n_head}\n")
-        lines.append("attention from: ░ 5%  ▒ 15%  ▓ 30%  █ 60%\n    ")
-        lines.append("".join(set_cell_size(c, 2) for c in names[-n:]), "bold")
-        for name, row in zip(names[-n:], weights[-n:], strict=True):
-            lines.append(f"\n {set_cell_size(name, 2)} ", "bold")
-            for level in np.digitize(row[-n:], [0.05, 0.15, 0.3, 0.6]):
-                lines.append(" ░▒▓█"[level] * 2, COOL[level])
-            lines.append(f" '{names[row.argmax()]}' {row.max():.0%}")
-        self.console.print(lines)
+    def attn(self, numbers: str) -> None:
+        layer, head = [*numbers.split(), "", ""][:2]
+        view_attn(self.model, self.prompt, layer, head, self.console)
 
-    def do_quit(self, _: str) -> None:
-        """: leave; so do quit, exit and Ctrl-D."""
+    def quit(self, _: str) -> None:
         raise EOFError
+
+
+CHAT_COMMANDS = {
+    "help": ChatCommand(Chat.help, "", "list the commands"),
+    "set": ChatCommand(Chat.set, "NAME [VALUE]", "change a setting, as /set top-k 5"),
+    "show": ChatCommand(Chat.show, "", "show the settings, the model, and the last seed"),
+    "regen": ChatCommand(Chat.regen, "", "answer the last prompt again"),
+    "more": ChatCommand(Chat.more, "", "continue the last answer"),
+    "read": ChatCommand(Chat.read, "FILE", "continue the text in a file"),
+    "model": ChatCommand(Chat.switch_model, "FILE", "switch to another model"),
+    "tokens": ChatCommand(Chat.tokens, "[TEXT]", "show the ids of a text or the last prompt"),
+    "probs": ChatCommand(Chat.probs, "[TEXT]", "chart what may come next, after each setting"),
+    "why": ChatCommand(Chat.why, "[TEXT]", "show the surprise of a text or the last answer"),
+    "attn": ChatCommand(Chat.attn, "[LAYER] [HEAD]", "map the attention in the last prompt"),
+    "quit": ChatCommand(Chat.quit, "", "leave; so do quit, exit and Ctrl-D"),
+}
+
+
+def is_unclosed(text: str) -> bool:
+    '''Whether a prompt begins with """ and waits for three more quotes.'''
+    return text.startswith('"""') and '"""' not in text[3:]
+
+
+def read_line() -> str:
+    """raises: EOFError"""
+    if PlainConsole().is_jupyter:
+        return input()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
 
 
 def read_prompt() -> str:
-    """A prompt from a pipe, or from a terminal that cannot move its cursor."""
+    """A prompt from a pipe, a notebook, or a terminal that cannot move its cursor."""
     print("Prompt: ", end="", file=sys.stderr, flush=True)
-    text = sys.stdin.readline()
-    while is_open(text) and (line := sys.stdin.readline()):
-        text += line
-    if not text:
+    try:
+        lines = [read_line()]
+    except EOFError:
         log()
-        raise EOFError
-    return text.removesuffix("\n")
+        raise
+    with suppress(EOFError):
+        is_open = is_unclosed(lines[0])
+        while is_open:
+            lines.append(read_line())
+            is_open = '"""' not in lines[-1]
+    return "\n".join(lines)
 
 
-def prompt_reader(chat: Chat) -> Callable[[], str]:
-    """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
-        return read_prompt
-    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
-    earlier, folder = None, os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    with suppress(OSError, RuntimeError):  # no home folder, or one that is read-only
+def open_history() -> history.History:
+    """Prompts of earlier sessions, where a file can be kept for them."""
+    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
         path = Path(folder, "anexa", "history").expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(0o600)  # only for the user
-        earlier = history.FileHistory(path)
-    words = [*(f"/set {name}" for name in chat.settings), *(f"/{name}" for name in chat.commands)]
+        with open(path, "a+b") as file:  # what prompt_toolkit does later, in the background
+            require(path.is_file(), "not a regular file")
+            file.flush()
+        return QuietHistory(path)
+    except (OSError, RuntimeError, UserError):  # no home folder, or one that is read-only
+        return history.InMemoryHistory()
+
+
+class QuietHistory(history.FileHistory):
+    """A history that a full disk does not stop."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
+def prompt_reader() -> Callable[[], str]:
+    """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if not is_terminal or os.environ.get("TERM") == "dumb":
+        return read_prompt
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
+    words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
+    words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
-    completers = completion.WordCompleter(words, sentence=True), completion.NestedCompleter(files)
+    completers = [completion.WordCompleter(words, sentence=True)]
+    completers.append(completion.NestedCompleter(files))
     session = prompt_toolkit.PromptSession(
         "Prompt: ",
-        history=earlier,
+        history=open_history(),
         completer=completion.merge_completers(completers),
         complete_while_typing=False,
         complete_style=prompt_toolkit.shortcuts.CompleteStyle.READLINE_LIKE,
-        multiline=Condition(lambda: bool(is_open(session.default_buffer.text))),
+        multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
     )
     return lambda: session.prompt().encode(errors="replace").decode()
@@ -1717,7 +3170,7 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
     """The prompt loop, until `quit`, `exit` or the end of the input."""
     log("\n--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)")
     chat = Chat(model, cfg)
-    read = prompt_reader(chat)
+    read = prompt_reader()
     while True:
         try:
             chat.respond(read())
@@ -1726,7 +3179,7 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
         except KeyboardInterrupt:
             log("(quit or Ctrl-D leaves)")
         except UserError as error:
-            log(f"({str(error).removeprefix('--')})")
+            log(f"({as_options(str(error)).removeprefix('--')})")
         except OSError as error:
             if not error.filename:
                 raise  # the terminal, or the reader of a pipe, has gone
@@ -1736,42 +3189,43 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
 # ---- export --------------------------------------------------------------------------------------
 # The same model for Hugging Face transformers, llama.cpp and the Hub.
 
-RIGHTS = {"sherlock": "public domain", "shakespeare": "public domain", FALLBACK: "Python's"}
-
-
-def optional(module: str):
-    """An optional package, imported.  raises: UserError with the line that installs it"""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[-1]
-        raise UserError(f"this needs {package}: pip install {package}") from None
-
 
 def without_paths(metadata: Metadata) -> Metadata:
-    """Metadata to publish: names of texts without folders, passwords and queries."""
-    url = r"(?s)^\w+://([^/]*@)?([^?#]*).*"
-    public = lambda name: re.split(r"[/\\]", re.sub(url, r"\2", name).rstrip("/\\"))[-1]
-    training, names = dict(metadata.training), map(public, metadata.data["names"])
-    training["init"] = training.get("init") and public(training["init"])
-    return replace(metadata, data=metadata.data | dict(names=[*names]), training=training)
+    """Metadata to publish: names of texts without folders."""
+
+    def public(name: str) -> str:
+        return re.split(r"[/\\]", public_name(name).rstrip("/\\"))[-1]
+
+    training = dict(metadata.training)
+    if training.get("init"):
+        training["init"] = public(training["init"])
+    names = [public(name) for name in metadata.data.names]
+    return replace(metadata, data=metadata.data._replace(names=names), training=training)
+
+
+def indent(text: str) -> str:
+    return "    " + text.replace("\n", "\n    ")
 
 
 def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
-    hub, m, config = optional("huggingface_hub"), model.metadata, model.network.config
-    text, data, loss = text_names(m.data["names"]), m.data, m.validation_loss
-    bits, rights = loss / math.log(2), RIGHTS.get(text, "its own")
-    sample = escape_control(model.generate("\n", max_new=400, seed=0)).strip()
-    prompt = (re.findall(r"\w+", sample) or [""])[0]
-    listed = lambda d: escape_control(", ".join(f"{k} {v}" for k, v in d.items()))
-    indented = lambda text: "    " + text.replace("\n", "\n    ")
-    result = lambda *metric: hub.EvalResult("text-generation", "text", text, *metric)
+    hub = optional("huggingface_hub")
+    m = model.metadata
+    text = m.text_names
+    is_built_in = text in BUILT_IN
+    rights = BUILT_IN[text].rights if is_built_in else "its own"
+    bits = m.validation_loss / math.log(2)
+    sample = escape_control(model.generate(max_new=400, seed=0)).strip()
+    words = re.findall(r"\w+", sample) or [""]
+    prompt = words[0][:20]
+    training = escape_control(", ".join(f"{k} {v}" for k, v in m.training.items()))
+    results = []
+    for name, value in (("loss", m.validation_loss), ("bits_per_character", bits)):
+        results.append(hub.EvalResult("text-generation", "text", text, name, round(value, 4)))
     front = hub.ModelCardData(
-        model_name=title, license=license, language="en" if text in RIGHTS else None,
-        library_name="transformers", pipeline_tag="text-generation", widget=[dict(text=prompt)],
-        tags=["anexa", "gpt2", "character-level"],
-        eval_results=[result("loss", round(loss, 4)), result("bits_per_character", round(bits, 4))],
+        model_name=title, license=license, language="en" if is_built_in else None,
+        library_name="transformers", pipeline_tag="text-generation", widget=[{"text": prompt}],
+        tags=["anexa", "gpt2", "character-level"], eval_results=results,
     )  # fmt: skip
     return f"""\
 ---
@@ -1779,52 +3233,44 @@ def model_card(model: Model, title: str, license: str) -> str:
 ---
 # {title}
 
-A character-level GPT-2 with {config}, trained from scratch with Anexa on {text}
-({data["characters"]:,} characters, SHA-256 `{data["sha256"]}`). It continues a prompt in the manner
+A character-level GPT-2 with {m.config.size()}, trained from scratch with Anexa on {text}
+({m.data.characters:,} characters, SHA-256 `{m.data.sha256}`). It continues a prompt in the manner
 of that text:
 
-{indented(sample)}
+{indent(sample)}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
-{config.block_size:,} characters; beyond them transformers raises IndexError, and llama.cpp stops.
-One token is one of {config.vocab_size:,} characters; any other is read as U+FFFD.
+{m.config.block_size:,} characters; beyond them transformers raises IndexError, and llama.cpp stops.
+One token is one of {m.config.vocab_size:,} characters; any other is read as U+FFFD.
 
 ```python
 from transformers import pipeline
 
 write = pipeline("text-generation", model="{title}")
-print(write("{prompt}", max_length={config.block_size})[0]["generated_text"])
+print(write("{prompt}", max_length={m.config.block_size})[0]["generated_text"])
 ```
 
 With Anexa, at any length: `python anexagpt.py chat model.safetensors`
 
-Validation loss: {loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text, which was not
-trained on (these are the weights with the lowest). Training: {listed(m.training)}.
+Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
+which was not trained on (these are the weights with the lowest). Training: {training}.
 
-{indented(loss_chart(m.history))}
+{indent(loss_chart(m.history))}
 
 License of the weights: {license}. License of the text: {rights}.
 """
 
 
-def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
-    """Content of the files that transformers loads a model from, by name."""
-    if model.metadata.validation_loss is None:
-        raise UserError("this run has not been evaluated yet; train it for 50 steps or more")
-    model = replace(model, metadata=without_paths(model.metadata))
-    config, vocab = model.network.config, {c: i for i, c in enumerate(model.tokenizer.characters)}
-    # transformers stores the matrices of the blocks as (in, out), nn.Linear as (out, in).
-    weights = {
-        f"transformer.{name}": (w.t() if name.startswith("h.") else w).detach().contiguous()
-        for name, w in model.network.named_parameters()
-    }
+def hub_documents(model: Model) -> dict[str, dict]:
+    """The JSON files that transformers loads a model with, by name."""
+    config = model.network.config
+    vocab = {c: i for i, c in enumerate(model.tokenizer.characters)}
     # Only length ends a text. An empty prompt stands for a line end, as here.
     ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokens = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN)
-    rates = dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout or 0.0)
-    documents = {
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
         "generation_config.json": dict(
             do_sample=True, temperature=SampleConfig().temperature, top_k=0,
             max_length=config.block_size, suppress_tokens=[0], **ids,
@@ -1844,47 +3290,75 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
             vocab_size=config.vocab_size, n_positions=config.block_size, n_ctx=config.block_size,
             n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-            attn_pdrop=0.0, **rates, **ids | dict(bos_token_id=None),
+            attn_pdrop=0.0, embd_pdrop=config.dropout, resid_pdrop=config.dropout,
+            **ids | dict(bos_token_id=None),
         ),
     }  # fmt: skip
+
+
+def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
+    """Content of the files that transformers loads a model from, by name.  raises: UserError"""
+    is_evaluated = model.metadata.validation_loss is not None
+    require(is_evaluated, "this run has not been evaluated yet; train it for 50 steps or more")
+    model = replace(model, metadata=without_paths(model.metadata))
+    weights = {}
+    for name, weight in model.network.named_parameters():
+        if name.startswith("h."):  # transformers stores matrices as (in, out), ours are (out, in)
+            weight = weight.t()
+        weights[f"transformer.{name}"] = weight.detach().cpu().contiguous()
     files = {
         MODEL: safetensors.torch.save(weights, model.metadata.to_header()),
         "README.md": model_card(model, title, license).encode(),
     }
-    for name, document in documents.items():
+    for name, document in hub_documents(model).items():
         files[name] = json.dumps(document, indent=2, ensure_ascii=False).encode()
     return files
 
 
-def write_gguf(path: Path, model: Model, half: bool) -> None:
-    """Write the model for llama.cpp; `half`: matrices in float16."""
-    gguf, config = optional("gguf"), model.network.config
-    # GPT-2 spells each byte as one visible character; those without one count up from U+0100.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+def byte_spelling() -> dict[int, str]:
+    """GPT-2's visible character for each byte; bytes without one count up from U+0100."""
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable_bytes]
+    spelling = {byte: chr(byte) for byte in printable_bytes}
+    return spelling | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def gguf_entries(model: Model, name: str, half: bool) -> dict:
+    """Key-value entries of a GGUF file, by the names of the writer's methods."""
+    gguf = optional("gguf")
+    config = model.network.config
+    spelling = byte_spelling()
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
-    kind = gguf.TokenType
-    entries = dict(
-        name=path.stem, description=f"Anexa {__version__}", context_length=config.block_size,
+    merges = {}  # a character of several bytes is merged from them, one byte at a time
+    for token in tokens:
+        merges |= {f"{token[:i]} {token[i]}": None for i in range(1, len(token))}
+    types = [gguf.TokenType.NORMAL for _ in tokens]
+    types[0] = gguf.TokenType.CONTROL
+    number_types = gguf.LlamaFileType
+    return dict(
+        name=name, description=f"Anexa {__version__}", context_length=config.block_size,
         embedding_length=config.n_embd, feed_forward_length=4 * config.n_embd,
         block_count=config.n_layer, head_count=config.n_head, layer_norm_eps=1e-5,
-        file_type=gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32,
-        tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens,
-        token_types=[kind.CONTROL] + [kind.NORMAL] * (len(tokens) - 1),
-        # A character of several bytes is merged from them, one byte at a time.
-        token_merges=[*{f"{t[:i]} {t[i]}": 0 for t in tokens for i in range(1, len(t))}],
+        file_type=number_types.MOSTLY_F16 if half else number_types.ALL_F32,
+        tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens, token_types=types,
+        token_merges=list(merges),
         # Without an end token llama.cpp would take id 11, an ordinary letter.
         bos_token_id=0, eos_token_id=0, unk_token_id=0, add_bos_token=False,
     )  # fmt: skip
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    with atomic_write(path) as file:
-        writer = gguf.GGUFWriter(file.name, "gpt2")
-        for name, value in entries.items():
-            getattr(writer, f"add_{name}")(value)
+
+
+def write_gguf(path: Path, model: Model, half: bool) -> None:
+    """Write the model for llama.cpp; `half`: matrices in float16."""
+    gguf = optional("gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.network.config.n_layer)
+    with publish(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "gpt2")
+        for name, value in gguf_entries(model, path.stem, half).items():
+            add = getattr(writer, f"add_{name}")
+            add(value)
         for name, weight in model.network.named_parameters():
-            full = not half or weight.dim() == 1 or name.startswith("wpe")
-            weight = weight.detach().to(torch.float if full else torch.half)
+            is_half = half and weight.dim() == 2 and not name.startswith("wpe")
+            weight = weight.detach().to(torch.half if is_half else torch.float)
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -1892,216 +3366,138 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
         writer.close()
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-# A run is known by its --out. Where that file exists, the run is finished: nothing trains over it.
-# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
-# new. With --restart it is new in any case: the model gets another name, the checkpoint goes.
-
-NEW_RUN = Metadata(config={}, data=dict(names=[]), training={}, history=[])  # step 0
-
-
-def config_diff(args: argparse.Namespace, saved: dict, *may_change: str) -> str:
-    """Options that ask for something else than the settings `saved`; "" if none."""
-    wanted, free = vars(args), ("device", "dtype", "grad_accum", "checkpoint_interval", *may_change)
-    names = [n for n, v in wanted.items() if n in saved and n not in free and v != saved[n]]
-    return ", ".join(f"--{n.replace('_', '-')} {saved[n]}, not {wanted[n]}" for n in names)
-
-
-def find_checkpoint(args) -> tuple[Metadata, dict[str, Tensor]]:
-    """The unfinished run to resume, or NEW_RUN.  raises: UserError if it must not begin"""
-    out, checkpoint, m, tensors = args.out, args.checkpoint, NEW_RUN, {}
-    if os.path.lexists(checkpoint):  # even with --restart, which removes it
-        fix = "move it away, or choose another --out"
-        m, tensors = read_file(checkpoint, fix)
-        require("loss_sum" in tensors, f"{checkpoint}: is a model, not a checkpoint; {fix}")
-    if args.restart:
-        return NEW_RUN, {}
-    if out.exists():
-        done, _ = read_file(out)
-        diff = config_diff(args, done.config | done.training)
-        run = f"{text_names(done.data['names'])}, {done.step:,} steps{diff and f' ({diff})'}"
-        fix = f"Keep it: add --out FILE. Start anew: --restart. Train on: --init {out} --out FILE"
-        fix += f". Resume {checkpoint}: move the model away" if m.step else ""
-        raise UserError(f"{out}: is already trained on {run}. {fix}")
-    if diff := config_diff(args, m.config | m.training, "max_steps"):
-        fix = "to resume, drop these options; to discard it, add --restart"
-        raise UserError(f"{checkpoint}: is at step {m.step:,} with {diff}; {fix}")
-    return m, tensors
+def export(
+    model: Model, folder: Path | None, gguf: Path | None, license: str, half: bool, force: bool
+) -> None:
+    """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
+    require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
+    require(gguf or not half, "`f16`: is for the GGUF file; add `gguf=FILE`")
+    source = model.path.resolve()
+    for path in filter(None, (folder, gguf)):
+        exists = any(path.iterdir()) if path.is_dir() else path.exists()
+        require(force or not exists, f"{path}: exists; choose another name, or add `force`")
+        is_apart = path.resolve() not in (source, source.parent)
+        require(is_apart, f"{path}: is the place of the model itself; choose another name")
+    files = {}
+    if folder:
+        files = hub_files(model, folder.resolve().name, license)
+    targets = [folder / name for name in files]
+    written = [path.resolve() for path in targets]  # a link may lead to the model
+    require(source not in written, f"{folder}: has a link to the model itself; remove it")
+    is_apart = not gguf or gguf.resolve() not in written
+    require(is_apart, f"{gguf}: is a file of the folder; choose another name")
+    for target, content in zip(targets, files.values(), strict=True):
+        with publish(target) as temporary:
+            temporary.write_bytes(content)
+    if folder:
+        log(f"Written to {folder}: {', '.join(files)}")
+    if gguf:
+        write_gguf(gguf, model, half)
+        log(f"Written to {gguf}, {gguf.stat().st_size:,} bytes")
 
 
-def saved_names(metadata: Metadata) -> list[str]:
-    """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
-    for name in metadata.data["names"]:
-        is_remote = re.match(r"(?i)https?://|[\\/]{2}", name)  # \\PC\FILE is a network path
-        if is_remote or not (name in BUILT_IN or os.path.exists(name)):
-            raise UserError(f"its text {text_names([name])} is not here; name it with --data")
-    return metadata.data["names"]
-
-
-def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
-    """Weights of `model` for another vocabulary: new characters get the mean embedding."""
-    rows = torch.from_numpy(model.tokenizer.encode(characters).astype("i8"))  # (V,), 0 if new
-    wte = model.network.wte.weight.detach()
-    embeddings = wte[rows]  # (V, C)
-    embeddings[1:][rows[1:] == 0] = wte[1:].mean(dim=0)
-    return model.network.state_dict() | {"wte.weight": embeddings}
-
-
-def prepare_run(args, device, dtype, ctx) -> Trainer:
-    """Trainer of a new run, or of the unfinished one.  raises: UserError
-
-    A setting comes from the options, else from the unfinished run, else from the model of --init.
-    """
-    m, tensors = find_checkpoint(args)
-    if args.dtype == "auto" and m.step:  # the number format of the run
-        _, dtype = select_device(device.type, str(m.training.get("dtype")))
-    cfg = TrainConfig.pick(m.training | vars(args))
-    if m.step >= cfg.max_steps:
-        raise UserError(f"--max-steps {cfg.max_steps:,}: step {m.step:,} is done; choose more")
-    init = load(cfg.init) if cfg.init and not m.step else None
-    shape = init.metadata.config if init else m.config
-    if init and (diff := config_diff(args, shape, "dropout")):
-        raise UserError(f"--init {cfg.init}: is a model with {diff}; drop these options")
-    config = GPTConfig.pick(shape | vars(args))
-    cfg = replace(cfg, batch_size=cfg.batch_size or (6 if device.type == "cpu" else 16))
-    if cfg.batch_size < ctx.world_size:
-        raise UserError(f"--batch-size {cfg.batch_size}: must be at least {ctx.world_size} (ranks)")
-    corpus = load_corpus(args.data or saved_names(m), args.encoding)
-    data, needed = text_names(corpus.data["names"]), 10 * config.block_size + 10
-    n = np.count_nonzero(corpus.ids)  # without U+FFFD
-    fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller --block-size"
-    require(n >= needed, f"--data {data}: {n:,} characters, but {fix}")
-    if m.step and corpus.data["sha256"] != m.data["sha256"]:
-        raise UserError(f"--data {data}: not the text of the run; give that, or add --restart")
-    trainer = Trainer(config, cfg, corpus, device, dtype, ctx)
-    fix = "save it again, or give its real --encoding"
-    is_text = trainer.train_ids[1:].any() and trainer.val_ids[1:].any()
-    require(is_text, f"--data {data}: U+FFFD, the mark of broken characters, all over; {fix}")
-    if init:
-        for network in (trainer.model, trainer.ema):
-            network.load_state_dict(initial_weights(init, corpus.tokenizer.characters))
-    if m.step:
-        with reading_model(args.checkpoint, "use --restart"):
-            trainer.load_state_dict(tensors, m)
-    return trainer
-
-
-def log_run(t: Trainer) -> None:
-    """Log text, network, device and schedule."""
-    cfg, config, m, n = t.cfg, t.model.config, t.metadata(), len(t.corpus.ids)
-    if n < 100_000:
-        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
-    log(
-        f"{text_names(m.data['names'])}: {n:,} characters, {len(m.characters) - 1} different; "
-        f"{config}{f' of {cfg.init}' if cfg.init else ''} on {t.device.type} in "
-        f"{m.training['dtype']}, processes: {t.ctx.world_size}; {cfg.max_steps:,} steps of "
-        f"{cfg.batch_size:,} x {config.block_size:,} characters, {t.epochs:,.1f} epochs, dropout "
-        f"{config.dropout}; validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
-    )
-
-
-def cmd_train(args: argparse.Namespace) -> None:
-    out, (device, dtype) = args.out, select_device(args.device, args.dtype)
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise UserError(f"--out {out}: must be a file ending in .safetensors; choose another name")
-    args.checkpoint = out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.checkpoint.exists():
-        args.restart = False  # asked for once, not at each restart after a failure
-    with init_distributed(device) as ctx, ExitStack() as stack:
-        try:
-            if ctx.rank == 0:
-                lock = out.with_name(f".{out.name}.lock")
-                # The file stays: if it went, a second process could lock another one of its name.
-                stack.enter_context(filelock.FileLock(lock, timeout=0, mode=0o666))
-        except OSError as error:  # a Timeout is one; also where the folder is read-only
-            reason = error.strerror or "another process trains it, or no file can be made there"
-            fix = "wait, or choose another folder"
-            raise UserError(f"--out {out}: cannot be written ({reason}); {fix}") from None
-        t = ctx.together(lambda: prepare_run(args, device, dtype, ctx))
-        digest = torch.tensor(zlib.crc32(repr(t.metadata()).encode()))
-        are_equal = ctx.all_reduce(digest.clone()) == ctx.world_size * digest
-        require(are_equal, "torchrun: the ranks differ in options, text or checkpoint")
-        run_training(args, t)
-
-
-def run_training(args, t: Trainer) -> None:
-    """Train, and save the model; or save a checkpoint, if a signal asks for it."""
-    out, checkpoint, is_first = args.out, args.checkpoint, t.ctx.rank == 0
-    quiet = args.quiet or not is_first
-
-    def save_checkpoint(stop: bool) -> None:
-        if is_first:
-            try:
-                header = t.metadata().to_header("checkpoint")
-                save_tensors(checkpoint, t.state_dict(), header, rescue=stop)
-            except OSError as error:
-                if stop:
-                    raise
-                log(f"NOTE: {checkpoint}: not saved ({error.strerror or error}); going on")
-
-    board = None
-    if args.tensorboard and is_first:
-        writer = optional("torch.utils.tensorboard").SummaryWriter
-        board = writer(args.tensorboard, purge_step=t.step + 1 if t.step else None)
-    if t.step:
-        log(f"Resuming {checkpoint} at step {t.step:,}.")
-    elif is_first:
-        if out.exists():  # --restart
-            names = (out.with_stem(f"{out.stem}.old{i or ''}") for i in range(10**6))
-            old = out.rename(next(name for name in names if not name.exists()))
-            log(f"{out}: renamed to {old}")
-        checkpoint.unlink(missing_ok=True)  # else a crash before the first save would revive it
-    if not quiet:
-        log_run(t)
-    with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
-    with stop_signals() as caught:
-        with closing(ProgressDisplay(t, quiet, board)) as display:
-            training_loop(t, display, save_checkpoint, lambda: bool(caught))
-        finished = t.step == t.cfg.max_steps
-        if finished and is_first:
-            if t.best_loss < min(row[2] for row in t.history) - 1e-6:  # which is rounded
-                log("NOTE: training did not improve on --init, whose weights are saved.")
-            if not quiet:
-                hint = " At the prompt, /help lists commands." * (args.command == "run")
-                log(f"{loss_chart(t.history)}\n{t.metadata()}.{hint}")
-            log("Training finished...")
-            save_tensors(out, t.best, t.metadata().to_header(), rescue=True)
-            checkpoint.unlink(missing_ok=True)
-            log(f"Model saved to {out}")
-    if not finished:
-        log(f"Stopped at step {t.step:,}, saved in {checkpoint}.")
-        log(f"The same command{' without --restart' * args.restart} resumes it.")
-    if caught or not finished:
-        raise SystemExit(128 + (caught or [signal.SIGINT])[0])
+def push(model: Model, name: str, license: str, private: bool) -> str:
+    """Upload a model to the Hub; returns its address.  raises: UserError"""
+    hub = optional("huggingface_hub")
+    try:
+        hub.utils.validate_repo_id(name)
+        # The token is never an option: other users see the command line.
+        has_token = bool(hub.get_token())
+    except (hub.errors.HFValidationError, OSError) as error:
+        raise UserError(f"{name}: not uploaded: {first_line(error)}") from None
+    require(has_token, f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
+    files = hub_files(model, name, license)  # before anything is created
+    commit = [hub.CommitOperationAdd(path, content) for path, content in files.items()]
+    try:
+        api = hub.HfApi()
+        name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(name).private:
+            fix = "make it private, or push to another name"
+            raise UserError(f"{name}: exists and is public; {fix}")
+        log(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
+        api.create_commit(name, commit, commit_message=f"Upload with Anexa {__version__}")
+    except UserError:
+        raise
+    except Exception as error:  # the client checks no answer: a bad one raises anything
+        fix = "check name and connection, or 'hf auth login' with a token that may write there"
+        raise UserError(f"{name}: not uploaded: {first_line(error)}; {fix}") from None
+    return f"{hub.constants.ENDPOINT}/{name}"
 
 
 # ---- command line --------------------------------------------------------------------------------
+# It parses, calls the library, and prints.
 
-unescape = lambda text: text.replace("\\n", "\n")
-SIZES = {  # --size: 0.8 M, 10.8 M and 86 M parameters
-    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),
-    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
-    "large": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
-}
-FILE = dict(type=Path, metavar="FILE")
+SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
+
+
+def unescape(text: str) -> str:
+    return text.replace("\\n", "\n")
+
+
+def option_name(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def as_options(message: str) -> str:
+    """A message with settings as Python names them, in the words of the command line."""
+
+    def spell(match: re.Match) -> str:
+        option = f"--{option_name(match[1])}"
+        return option if match[2] is None else f"{option} {match[2]}"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, message)
+
+
+def parse_number(kind: type, text: str):
+    """`text` as a number, or as it is: then the config says what it must be."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and options for the fields of a config."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+    def add_config(self, title: str, config: type, skip: Iterable[str] = ()) -> None:
+        """An option for each field; one that is not given stays absent."""
+        group = self.add_argument_group(title)
+        for setting in fields(config):
+            help = setting.metadata["help"]
+            if not help or setting.name in skip:
+                continue
+            if setting.default not in (None, ()):
+                help += f" (default: {setting.default})"
+            kind = field_types(config, setting.name)[0]
+            kwargs = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
+            kwargs["metavar"] = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
+            flags = [f"--{option_name(setting.name)}"]
+            if setting.name == "max_new":
+                flags.append("-n")
+            group.add_argument(*flags, default=argparse.SUPPRESS, help=help, **kwargs)
+
+
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
-ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the config fields
-    ("generate explain", "prompt", dict(help="text to continue, or to show")),
-    ("push", "name", dict(metavar="USER/NAME", help="name of the model on the Hub")),
-    ("run train", "files", dict(nargs="*", metavar="TEXT", help="as --data")),
-    ("chat generate explain info push", "files",
-     dict(nargs="*", metavar="MODEL", help="as --model")),
-    ("eval", "files", dict(nargs="*", metavar="FILE", help="as --data or --model")),
-    ("export", "files", dict(nargs="*", metavar="FILE", help="model, folder for transformers")),
+FILE = dict(type=Path, metavar="FILE")
+FLAG = dict(action="store_true")
+ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
+    ("run train", "words", dict(metavar="TEXT", help="as --data")),
+    ("chat info", "words", dict(metavar="MODEL", help="as --model")),
+    ("generate", "words", dict(metavar="PROMPT", help="text to continue, then as --model")),
+    ("explain", "words", dict(metavar="PROMPT", help="text to show, then as --model")),
+    ("eval", "words", dict(metavar="FILE", help="as --data or --model")),
+    ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
+    ("push", "words", dict(metavar="NAME", help="on the Hub, as USER/NAME, then as --model")),
     ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
+    ("run train eval", "--replace-errors", dict(**FLAG, help="read what is no text as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
-    ("run train", "--restart", dict(action="store_true", help="start anew; a model is renamed")),
-    ("run train", "--quiet", dict(action="store_true", help="no progress")),
+    ("run train", "--restart", dict(**FLAG, help="start anew; a finished model is renamed")),
+    ("run train", "--quiet", dict(**FLAG, help="no progress")),
     ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="write losses and speed")),
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
@@ -2109,136 +3505,150 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; add_config adds the
      dict(default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: GPU, else CPU")),
     ("run train eval", "--dtype",
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
+    ("run train chat generate explain eval", "--plain",
+     dict(**FLAG, help="without fast paths: to learn, or to report a bug")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(default="", metavar="N", help="of attn (default: the last)")),
     ("explain", "--head", dict(default="", metavar="N", help="of attn (default: mean of all)")),
-    ("info", "--json", dict(action="store_true", help="everything, with the loss history")),
+    ("info", "--json", dict(**FLAG, help="everything, with the loss history")),
     ("export", "--gguf", dict(**FILE, help="file for llama.cpp")),
-    ("export", "--f16", dict(action="store_true", help="float16 matrices in the GGUF file")),
-    ("export", "--force", dict(action="store_true", help="replace existing files")),
+    ("export", "--f16", dict(**FLAG, help="float16 matrices in the GGUF file")),
+    ("export", "--force", dict(**FLAG, help="replace existing files")),
     ("export push", "--license", dict(default="unknown", metavar="ID", help="of the weights")),
-    ("push", "--private", dict(action="store_true", help="visible only to you")),
+    ("push", "--private", dict(**FLAG, help="visible only to you")),
 )  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {escape_control(message)} (see {self.prog} --help)\n")
-
-    def add_config(self, config: type, skip: Iterable[str] = ()) -> None:
-        """Add an option for each field of a config; an option that is not given stays absent."""
-        group = self.add_argument_group(config.__doc__.split("\n")[0].rstrip("."))
-        for setting in fields(config):
-            name, help, kind = setting.name, setting.metadata["help"], field_types(setting)[0]
-            if not help or name in skip:
-                continue
-            if setting.default not in (None, ()):
-                help += f" (default: {setting.default})"
-            kwargs = dict(type=unescape, action="append") if kind is tuple else dict(type=kind)
-            kwargs["metavar"] = {int: "N", float: "X", tuple: "TEXT", str: "FILE"}[kind]
-            flags = [f"--{name.replace('_', '-')}"] + ["-n"] * (name == "max_new")
-            group.add_argument(*flags, default=argparse.SUPPRESS, help=help, **kwargs)
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line as a namespace; exits after --help, --version and errors."""
-    commands = dict(re.findall(r"^  ([a-z]+)  +(.*)", __doc__, re.MULTILINE))
-    named, models = bool(argv) and argv[0] in commands, (".safetensors", CHECKPOINT_SUFFIX)
-    command, *argv = argv if named else ["run", *argv]
-    if command == "run" and argv and argv[0].endswith(models):
-        command = "chat"
-    parser = Parser(f"anexagpt.py {command}", description=commands[command], allow_abbrev=False)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
-    parser.set_defaults(command=command, size=None, folder=None)
+def build_parser(name: str) -> Parser:
+    """The parser of one command."""
+    parser = Parser(f"anexagpt.py {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser.formatter_class = partial(argparse.HelpFormatter, max_help_position=34)
     parser.add_argument("--version", action="version", version=f"Anexa {__version__}")
-    for names, options, kwargs in ARGUMENTS:
-        if command in names.split():
-            parser.add_argument(*options.split(), **kwargs)
-    if command in ("run", "train"):
-        parser.add_config(GPTConfig)
-        parser.add_config(TrainConfig)
-    if command in ("run", "chat", "generate", "explain"):
+    for commands, flags, kwargs in ARGUMENTS:
+        if name not in commands.split():
+            continue
+        if flags == "words" or kwargs.get("nargs"):
+            kwargs = dict(nargs="*", action="extend", default=[]) | kwargs
+        parser.add_argument(*flags.split(), **kwargs)
+    if name in ("run", "train"):
+        parser.add_config("network", GPTConfig)
+        parser.add_config("training", TrainConfig)
+    if name in ("run", "chat", "generate", "explain"):
         skip = dict(run=["seed"], explain=["seed", "max_new", "stop"])
-        parser.add_config(SampleConfig, skip.get(command, ()))
-    args = parser.parse_intermixed_args(argv)
-    vars(args).update(SIZES.get(args.size, {}) | vars(args))  # --size stands for four options
-    for file in args.files:
-        if "model" in args and (file.endswith(models) or command in ("chat", "info")):
-            args.model = Path(file)
-        elif not (named or file in (*BUILT_IN, "-") or "." in file or os.path.exists(file)):
-            parser.error(f"{file!r} is neither a command ({', '.join(commands)}) nor a text file")
-        elif "data" in args:
-            args.data = [*args.data, file]
-        elif command == "export" and file.endswith(".gguf"):
-            args.gguf = Path(file)
-        elif command == "export" and not args.folder:
-            args.folder = Path(file)
-        else:
-            fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
-            parser.error(f"unexpected argument {file!r}. {fix}")
-    return args
+        parser.add_config("sampling", SampleConfig, skip.get(name, ()))
+    return parser
 
 
-def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and number format of --device and --dtype.  raises: UserError if it is missing"""
-    cuda, mps, cpu = torch.cuda, torch.backends.mps, torch.cpu
-    usable = ["cuda"] * cuda.is_available() + ["mps"] * mps.is_available() + ["cpu"]
-    device = usable[0] if device == "auto" else device
-    if device not in usable:
-        raise UserError(f"--device {device}: not found by PyTorch; choose {' or '.join(usable)}")
-    bf16 = dtype == "bfloat16"
-    if dtype == "auto" and device == "cuda":
-        bf16 = cuda.is_bf16_supported(including_emulation=False)
-    elif dtype == "auto" and device == "cpu":
-        bf16 = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    return torch.device(device), torch.bfloat16 if bf16 else torch.float32
+def picked(args: argparse.Namespace, *configs: type) -> dict:
+    """Those fields of configs that were given as options."""
+    names = {setting.name for config in configs for setting in fields(config)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    return given
 
 
-def load_from_args(args: argparse.Namespace, one_text: bool = True) -> Model:
-    """The model of --model on the device of --device."""
-    model, (device, _) = load(args.model), select_device(args.device)
-    m, small = model.metadata, model.network.config.n_parameters() < 4_000_000
-    if one_text and small and args.device in ("auto", "cpu"):
-        torch.set_num_threads(1)  # a second thread is no faster for one token, and slow under load
-    else:
+def take_model(args: argparse.Namespace, words: list[str]) -> Path:
+    """The model file of a command: its only argument, or --model.  raises: UserError"""
+    if len(words) > 1:
+        fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
+        raise UserError(f"unexpected argument '{printable(words[1])}'. {fix}")
+    return Path(words[0]) if words else args.model
+
+
+def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
+    """A model on the device of --device: one text of a small network is faster on a CPU."""
+    model = load(path, plain=True)
+    device, _ = select_device(args.device)
+    is_small = model.network.config.n_parameters() < 4_000_000
+    if not (one_text and is_small and args.device == "auto"):
         model.network.to(device)
-    if m.step < m.training.get("max_steps", 0):
-        log(f"{args.model}: an unfinished run, at step {m.step:,}; its best weights")
+    if not args.plain:
+        use_fast_paths(model)
+    if is_checkpoint_path(path):
+        log(f"{path}: an unfinished run, at step {model.metadata.step:,}; its best weights")
     return model
 
 
+def cmd_train(args: argparse.Namespace, hint: str = "") -> None:
+    settings = picked(args, GPTConfig, TrainConfig)
+    if args.size:
+        settings["size"] = args.size
+    # torchrun repeats the command line after a failure: --restart was asked for once.
+    is_repeated = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with SignalCatcher() as signals:
+        model = train(
+            args.data + args.words,
+            out=args.out,
+            device=args.device,
+            dtype=args.dtype,
+            encoding=args.encoding,
+            replace_errors=args.replace_errors,
+            restart=args.restart and not (is_repeated and checkpoint_path(args.out).exists()),
+            progress=not args.quiet,
+            plain=args.plain,
+            tensorboard=args.tensorboard,
+            should_stop=signals,
+            **settings,
+        )
+        if is_checkpoint_path(model.path):
+            log(f"Stopped at step {model.metadata.step:,}, saved in {model.path}.")
+            log(f"The same command{' without --restart' if args.restart else ''} resumes it.")
+        else:
+            if hint and not args.quiet:
+                log(hint)
+            log("Training finished...")
+            log(f"Model saved to {model.path}")
+    was_stopped = signals.caught or is_checkpoint_path(model.path)  # perhaps by another rank
+    if was_stopped:
+        raise SystemExit(128 + (signals.caught[0] if signals.caught else signal.SIGINT))
+
+
+def is_checkpoint_path(path: Path) -> bool:
+    return path.name.endswith(CHECKPOINT_SUFFIX)
+
+
 def cmd_run(args: argparse.Namespace) -> None:
-    sampling = replace(SampleConfig.pick(vars(args)), seed=None)  # --seed is that of the training
+    if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
+        return cmd_chat(args)
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
-    args.model = args.out
-    m = read_file(args.out)[0] if args.out.exists() and not args.restart else NEW_RUN
-    differs = config_diff(args, m.config | m.training) or args.data not in ([], m.data["names"])
-    if differs or m is NEW_RUN:
-        cmd_train(args)  # which refuses to train over a finished model
-    else:
-        log(f"{args.out}: {m}. /help lists the commands.")
-    chat_loop(load_from_args(args), sampling)
+    out = args.out
+    names = [public_name(name) for name in args.data + args.words]
+    asked = check_settings(picked(args, GPTConfig, TrainConfig))
+    is_done = out.exists() and not args.restart
+    if is_done:
+        m, _ = read_file(out)
+        is_done = not config_diff(asked, m.settings()) and names in ([], m.data.names)
+    sampling = SampleConfig.pick(picked(args, SampleConfig) | {"seed": None})  # of the training
+    if is_done:
+        log(f"{out}: {m}. /help lists the commands.")
+    else:  # which refuses to train over a finished model
+        cmd_train(args, hint="At the prompt, /help lists the commands.")
+    chat_loop(load_model(out, args), sampling)
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
-    sampling, model = SampleConfig.pick(vars(args)), load_from_args(args)
-    log(f"{args.model}: {model.metadata}. /help lists the commands.")
+    sampling = SampleConfig.pick(picked(args, SampleConfig))
+    path = take_model(args, args.words)
+    model = load_model(path, args)
+    log(f"{path}: {model.metadata}. /help lists the commands.")
     chat_loop(model, sampling)
 
 
 def cmd_generate(args: argparse.Namespace) -> None:
-    cfg, n = SampleConfig.pick(vars(args)), args.samples
-    require(1 <= n <= 10_000, f"--samples {n:,}: must be from 1 to 10,000")
-    model = load_from_args(args, one_text=n == 1)
-    prompt = normalized(model, args.prompt)
+    require(args.words, "give a prompt, the text to continue")
+    cfg = SampleConfig.pick(picked(args, SampleConfig))
+    n = args.samples
+    require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
+    model = load_model(take_model(args, args.words[1:]), args, one_text=n == 1)
+    model.prompt_ids(args.words[0])  # an error if none of it is known
+    prompt = normalize_and_log(model, args.words[0])
     if n == 1:
         write_stdout(prompt)
-        for (piece,) in model.stream_batch(prompt, cfg):
-            write_stdout(piece)
+        for pieces in model.stream_batch(prompt, cfg):
+            write_stdout(pieces[0])
         return write_stdout("\n")
     for first in range(0, n, 64):  # more at once would fill the memory with keys and values
         pieces = model.stream_batch(prompt, cfg, range(first, min(n, first + 64)))
@@ -2247,27 +3657,43 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    chat = Chat(load_from_args(args), SampleConfig.pick(vars(args)))
-    chat.prompt, chat.console = args.prompt, PlainConsole(stderr=False)
-    known, _ = chat.model.tokenizer.normalize_prompt(args.prompt)
-    require(known, f"{args.prompt!r}: no character that the model knows; give another text")
-    layer = args.layer or chat.model.network.config.n_layer
-    arguments = dict(why=args.prompt, attn=f"{layer} {args.head}")
-    with chat.console.capture() as views:  # so that an error comes before all of them
-        for i, view in enumerate(args.view or VIEWS):
-            if i:
-                chat.console.print()
-            chat.commands[view](arguments.get(view, ""))
-    print(end=views.get(), flush=True)
+    require(args.words, "give a text to show")
+    text = args.words[0]
+    model = load_model(take_model(args, args.words[1:]), args)
+    model.prompt_ids(text)  # an error if none of it is known
+    cfg = SampleConfig.pick(picked(args, SampleConfig))
+    console = PlainConsole(stderr=False)
+    layer = args.layer or str(model.network.config.n_layer)
+    views = {
+        "tokens": lambda: view_tokens(model, text, console),
+        "probs": lambda: view_probs(model, text, cfg, console),
+        "why": lambda: view_why(model, text, "", console),
+        "attn": lambda: view_attn(model, text, layer, args.head, console),
+    }
+    with console.capture() as output:  # so that an error comes before all of them
+        for i, name in enumerate(args.view or VIEWS):
+            if i > 0:
+                console.print()
+            show = views[name]
+            show()
+    print(end=output.get(), flush=True)
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    model, (_, dtype) = load_from_args(args, one_text=False), select_device(args.device, args.dtype)
-    corpus = load_corpus(args.data or saved_names(model.metadata), args.encoding)
-    name, part, ids = text_names(corpus.data["names"]), "whole text", corpus.ids
-    if corpus.data["sha256"] == model.metadata.data["sha256"]:
-        part, ids = "validation part", split_ids(ids)[1]
-    ids = model.tokenizer.encode(corpus.tokenizer.characters)[ids]  # the model's ids
+    models = [word for word in args.words if word.endswith(SUFFIXES)]
+    texts = args.data + [word for word in args.words if word not in models]
+    model = load_model(take_model(args, models), args, one_text=False)
+    _, dtype = select_device(args.device, args.dtype)
+    names = texts or saved_names(model.metadata)
+    corpus = load_corpus(names, args.encoding, args.replace_errors)
+    name = printable(", ".join(corpus.info.names))
+    part = "whole text"
+    ids = corpus.ids
+    if corpus.info.sha256 == model.metadata.data.sha256:
+        part = "validation part"
+        _, ids = split_ids(ids)
+    to_model_ids = model.tokenizer.encode(corpus.tokenizer.characters)  # (V,)
+    ids = to_model_ids[ids]
     log(f"Evaluating on {name}, {part}: {len(ids):,} characters ...")
     loss, n = evaluate(model.network, ids, dtype)
     losses = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char"
@@ -2278,80 +3704,144 @@ def cmd_eval(args: argparse.Namespace) -> None:
 
 
 def cmd_info(args: argparse.Namespace) -> None:
-    m, tensors = read_file(args.model)
+    path = take_model(args, args.words)
+    m, tensors = read_file(path)
     if args.json:
-        return print(json.dumps(asdict(m)))
-    listed = lambda d: ", ".join(f"{k} {v}" for k, v in d.items() if v is not None)
-    data, names = m.data, text_names(m.data["names"])
+        return print(json.dumps(m.entries()))
+
+    def listed(settings: dict) -> str:
+        return ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)
+
     rows = {
-        "checkpoint" if "loss_sum" in tensors else "model": f"{args.model}, {m}",
-        "network": f"{GPTConfig(**m.config).n_parameters():,} parameters: {listed(m.config)}",
-        "characters": f"{len(m.characters) - 1:,}: {visible(m.characters[1:201])}",
-        "data": f"{names}, {data['characters']:,} characters, SHA-256 {data['sha256']}",
+        "checkpoint" if is_checkpoint(tensors) else "model": f"{path}, {m}",
+        "network": f"{m.config.n_parameters():,} parameters: {listed(asdict(m.config))}",
+        "characters": f"{len(m.characters) - 1:,}: {m.characters[1:201]}",
+        "data": f"{m.text_names}, {m.data.characters:,} characters, SHA-256 {m.data.sha256}",
         "training": listed(m.training),
     }
     for name, text in rows.items():
-        print(f"{name:<12}{text_names([text])}")
+        print(f"{name:<12}{printable(text)}")
     print(loss_chart(m.history))
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-    folder, path = args.folder, args.gguf
-    require(folder or path, "give a folder for transformers, --gguf FILE, or both")
-    require(path or not args.f16, "--f16: is for the GGUF file; add --gguf FILE")
-    for p in filter(None, (folder, path)):
-        if not args.force and (any(p.iterdir()) if p.is_dir() else p.exists()):
-            raise UserError(f"{p}: exists; choose another name, or add --force")
-        if p.resolve() in (args.model.resolve(), args.model.resolve().parent):
-            raise UserError(f"{p}: is or has the model itself; choose another name")
-    model = load(args.model)
-    if folder:
-        files = hub_files(model, folder.resolve().name, args.license)
-        for name, content in files.items():
-            with atomic_write(folder / name) as file:
-                file.write(content)
-        log(f"Written to {folder}: {', '.join(files)}")
-    if path:
-        write_gguf(path, model, args.f16)
-        log(f"Written to {path}, {path.stat().st_size:,} bytes")
+    models = [word for word in args.words if word.endswith(SUFFIXES)]
+    others = [word for word in args.words if word not in models]
+    gguf = args.gguf
+    if others and others[-1].endswith(".gguf"):
+        gguf = Path(others.pop())
+    require(len(others) <= 1, f"unexpected argument '{printable(' '.join(others[1:]))}'")
+    folder = Path(others[0]) if others else None
+    is_asked = folder or gguf
+    require(is_asked, "give a folder for transformers, --gguf FILE, or both")
+    model = load(take_model(args, models))
+    export(model, folder, gguf, args.license, args.f16, args.force)
 
 
 def cmd_push(args: argparse.Namespace) -> None:
-    hub, name = optional("huggingface_hub"), args.name
-    try:
-        if not hub.get_token():  # never an option: other users see the command line
-            raise UserError(f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
-        model, api = load(args.model), hub.HfApi()
-        name = api.create_repo(name, private=args.private, exist_ok=True).repo_id
-        if args.private and not api.model_info(name).private:
-            fix = "make it private, or push to another name"
-            raise UserError(f"{name}: exists and is public; {fix}")
-        files = hub_files(model, name, args.license)
-        log(f"Uploading {len(files)} files, {sum(map(len, files.values())):,} bytes, to {name} ...")
-        commit = [hub.CommitOperationAdd(path, content) for path, content in files.items()]
-        api.create_commit(name, commit, commit_message=f"Upload with Anexa {__version__}")
-        print(f"{hub.constants.ENDPOINT}/{name}")
-    except (hub.errors.HTTPError, OSError, ValueError) as error:
-        fix = "check name and connection, or 'hf auth login' with a token that may write there"
-        raise UserError(f"{name}: not uploaded: {first_line(error)}; {fix}") from None
+    require(args.words, "give a name for the model on the Hub, as USER/NAME")
+    model = load(take_model(args, args.words[1:]))
+    print(push(model, args.words[0], args.license, args.private))
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace], None]
+    help: str
+
+
+COMMANDS = {
+    "run": Command(cmd_run, "train unless there is a model, then open the prompt (the default)"),
+    "train": Command(cmd_train, "train a model and save it"),
+    "chat": Command(cmd_chat, "open the prompt with a saved model"),
+    "generate": Command(cmd_generate, "continue a prompt; stdout gets the text and nothing else"),
+    "explain": Command(cmd_explain, "show ids, next characters, surprise, attention of a text"),
+    "eval": Command(cmd_eval, "compute the loss of a model on a text"),
+    "info": Command(cmd_info, "show what a model file contains"),
+    "export": Command(cmd_export, "write the model for Hugging Face transformers or llama.cpp"),
+    "push": Command(cmd_push, "upload the model to the Hugging Face Hub"),
+}
+EXAMPLES = """\
+examples:
+  python anexagpt.py                               train on Sherlock Holmes, then chat
+  python anexagpt.py train --data shakespeare --out bard.safetensors
+  python anexagpt.py train your.txt --init bard.safetensors --out me.safetensors
+  python anexagpt.py generate "It was a" -n 300 > story.txt
+  python anexagpt.py export bard.safetensors hf-bard --gguf bard.gguf
+
+Ctrl-C stops a run and saves it; the same command resumes it.
+'python anexagpt.py COMMAND --help' lists the options of a command."""
+
+
+def overview() -> str:
+    """The page of --help."""
+    lines = ["usage: python anexagpt.py [COMMAND] [OPTIONS]", "", "commands:"]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:<10} {command.help}")
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def check_words(words: list[str]) -> None:
+    """Arguments without a command must be texts or models.  raises: UserError"""
+    for word in words:
+        if word in COMMANDS and not os.path.exists(word):
+            raise UserError(f"'{word}': the command comes first, then the options")
+        is_text = word in BUILT_IN or word == "-" or "." in word or os.path.exists(word)
+        names = ", ".join(COMMANDS)
+        require(is_text, f"'{printable(word)}' is neither a command ({names}) nor a text file")
+
+
+def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
+    """Exits after --help, --version and errors of syntax.  raises: UserError"""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(overview())
+        raise SystemExit
+    name = "run"
+    is_named = bool(argv) and argv[0] in COMMANDS
+    if is_named:
+        name, *argv = argv
+    literal = []
+    if "--" in argv:  # what follows is no option
+        at = argv.index("--")
+        literal = argv[at + 1 :]
+        argv = argv[:at]
+    args = build_parser(name).parse_intermixed_args(argv)
+    args.words += literal
+    if not is_named:
+        check_words(args.words)
+    return COMMANDS[name], args
 
 
 def prepare_streams() -> None:
     """Replace closed standard streams, and never fail on a character that a stream lacks."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        mode, errors = ("w", "backslashreplace") if fd else ("r", "replace")
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), mode)
-        encoding = stream.encoding if stream.isatty() or not fd else "utf-8"
-        stream.reconfigure(encoding=encoding, errors=errors)
-        setattr(sys, name, stream)
+        stream = getattr(sys, name)
+        errors = "backslashreplace" if fd else "replace"
+        if stream is None:
+            stream = os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if fd else "r")
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):  # in a notebook it is another class
+            encoding = stream.encoding if stream.isatty() or not fd else "utf-8"
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def explain_runtime_error(error: Exception) -> str | None:
+    """One line for an error from the depths of PyTorch that a user can fix, else None."""
+    # PyTorch's CPU allocator raises RuntimeError, with other words on Windows.
+    words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
+    if re.search(words, repr(error)):
+        fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
+        return f"out of memory; take {fix}"
+    if re.search("(?i)gloo|nccl|c10d", str(error)):
+        return "a rank has ended; the same command resumes from the last checkpoint"
+    return None
 
 
 def main(argv: list[str]) -> int:
     """Run a command: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
     try:
         prepare_streams()
-        args = parse_args(argv)
-        globals()[f"cmd_{args.command}"](args)
+        command, args = parse_args(argv)
+        command.run(args)
         return 0
     except BrokenPipeError:  # stdout was closed, for example by head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2359,18 +3849,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        message = error
+        message = as_options(str(error))
     except OSError as error:
-        message = f"{error.filename or 'system'}: {error.strerror or error}"
+        message = f"{printable(str(error.filename or 'system'))}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's CPU allocator raises RuntimeError, with other words on Windows.
-        words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
-        if re.search(words, repr(error)):
-            fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
-            message = f"out of memory; take {fix}"
-        elif re.search("(?i)gloo|nccl|c10d", str(error)):
-            message = "a rank has ended; the same command resumes from the last checkpoint"
-        else:
+        message = explain_runtime_error(error)
+        if message is None:
             raise
     log(f"anexagpt.py: {message}")
     return 2

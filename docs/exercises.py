@@ -9,51 +9,53 @@ The text is the language reference inside your Python: figures differ between it
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+from torch import nn
 
 import anexagpt
-from anexagpt import GPT, GPTConfig, Model, SampleConfig, Tokenizer, TrainConfig, Trainer
+from anexagpt import GPT, Block, Corpus, GPTConfig, SampleConfig, TrainConfig, Trainer
 
-corpus = anexagpt.load_corpus(["python-docs"])
-TEXT = corpus.tokenizer.decode(corpus.ids[:100_000])
-TOKENIZER = Tokenizer(anexagpt.UNKNOWN + "".join(sorted(set(TEXT))))
-V = len(TOKENIZER)
-CONFIG = GPTConfig(vocab_size=V, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+reference = anexagpt.load_corpus(["python-docs"])
+TEXT = reference.tokenizer.decode(reference.ids[:100_000])
+CONFIG = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
-def train(text: str = TEXT, steps: int = 300) -> Trainer:
-    """A trained network; `history` has rows [step, training loss, validation loss]."""
-    settings = dict(batch_size=8, seed=1, eval_interval=steps // 10, checkpoint_interval=1e9)
-    cfg = TrainConfig(max_steps=steps, **settings)
-    data = corpus._replace(tokenizer=TOKENIZER, ids=TOKENIZER.encode(text))
-    display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
-    with patch.object(anexagpt, "validation_size", lambda *_: 4_000):
-        trainer = Trainer(CONFIG, cfg, data, torch.device("cpu"), torch.float32)
-    anexagpt.training_loop(trainer, display, None, lambda: False)
-    return trainer
+def make_trainer(text: str = TEXT, steps: int = 300, config: GPTConfig = CONFIG) -> Trainer:
+    cfg = TrainConfig(max_steps=steps, eval_interval=steps // 10, batch_size=8, dropout=0.0, seed=1)
+    return Trainer(Corpus.from_text(text), config, cfg)
 
 
 @lru_cache
 def baseline() -> Trainer:
-    """The network without any change."""
-    return train()
+    """The network without any change, trained."""
+    trainer = make_trainer()
+    trainer.fit()
+    return trainer
 
 
 def entropy(text: str) -> float:
     """Loss in nats per character of a model that knows the frequencies and nothing else."""
-    return -sum(n / len(text) * math.log(n / len(text)) for n in Counter(text).values())
+    total = 0.0
+    for count in Counter(text).values():
+        p = count / len(text)
+        total -= p * math.log(p)
+    return total
+
+
+# ---- heads ---------------------------------------------------------------------------------------
 
 
 def heads() -> None:
@@ -62,94 +64,178 @@ def heads() -> None:
     for H in (1, 2, 4, 8):
         network = GPT(GPTConfig(vocab_size=82, n_head=H))
         counts[H] = sum(p.numel() for p in network.parameters())
-    print("  ".join(f"{H} heads: {count:,}" for H, count in counts.items()))
+        print(f"{H} heads: {counts[H]:,}")
     assert len(set(counts.values())) == 1
+
+
+# ---- mask ----------------------------------------------------------------------------------------
+
+
+def attention_without_mask(q, k, v):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    return torch.softmax(scores, dim=-1) @ v  # (B, H, T, D)
+
+
+def set_attention(network: GPT, attend) -> None:
+    for block in network.h:
+        block.attn.attend = attend
 
 
 def mask() -> None:
     """Without the causal mask the target is visible: a tiny loss, and a model that cannot write."""
+    leaky = make_trainer()
+    set_attention(leaky.network, attention_without_mask)
+    set_attention(leaky.ema, attention_without_mask)
+    leaky.fit()
+    set_attention(leaky.ema, anexagpt.attention)
+    masked_loss, _ = anexagpt.evaluate(leaky.ema, leaky.val_ids)
+    uniform = math.log(leaky.network.config.vocab_size)
 
-    def without_mask(q, k, v):
-        return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
+    _, fair_training, fair_validation = baseline().history[-1]
+    _, training, validation = leaky.history[-1]
+    print(f"with the mask:    training {fair_training:.2f}, validation {fair_validation:.2f}")
+    print(f"without:          training {training:.2f}, validation {validation:.2f}")
+    print(f"mask added later: validation {masked_loss:.2f}; uniform guess {uniform:.2f}")
+    assert training < 0.5 * fair_training
+    assert validation < 0.5 * fair_validation
+    assert masked_loss > fair_validation + 1
 
-    with patch.object(anexagpt, "attention", without_mask):
-        leaky = train()
-    (_, fair_loss, fair_val), (_, loss, val) = baseline().history[-1], leaky.history[-1]
-    masked, _ = anexagpt.evaluate(leaky.ema, TOKENIZER.encode(TEXT[-4_000:]))
-    print(f"with the mask:    training loss {fair_loss:.2f}, validation loss {fair_val:.2f}")
-    print(f"without:          training loss {loss:.2f}, validation loss {val:.2f}")
-    print(f"mask added later: validation loss {masked:.2f}; uniform guess {math.log(V):.2f}")
-    assert loss < 0.5 * fair_loss and val < 0.5 * fair_val and masked > fair_val + 1
+
+# ---- temperature ---------------------------------------------------------------------------------
+
+
+def share_of_new(text: str, n: int = 12) -> float:
+    """Share of the n-grams of a text that are different from each other."""
+    pieces = [text[i : i + n] for i in range(len(text) - n)]
+    return len(set(pieces)) / len(pieces)
 
 
 def temperature() -> None:
     """At temperature 0 the text repeats itself."""
-    model = Model(baseline().ema, TOKENIZER, None)
+    model = baseline().best_model()
+    shares = {}
     for value in (0.0, 1.0):
         text = model.generate("The ", temperature=value, max_new=600, seed=1)
-        pieces = [text[i : i + 12] for i in range(300, len(text) - 12)]
-        share = len(set(pieces)) / len(pieces)
-        print(f"temperature {value}: {share:4.0%} of its 12-grams are new: {text[-50:]!r}")
-        assert (share < 0.5) == (value == 0)
+        shares[value] = share_of_new(text[300:])
+        print(f"temperature {value}: {shares[value]:4.0%} of its 12-grams are new: {text[-50:]!r}")
+    assert shares[0.0] < 0.5 < shares[1.0]
+
+
+# ---- shuffle -------------------------------------------------------------------------------------
 
 
 def shuffle() -> None:
     """In shuffled text only the frequencies can be learned: the loss ends at their entropy."""
-    loss, limit = (
-        train("".join(random.Random(1).sample(TEXT, len(TEXT)))).history[-1][2],
-        entropy(TEXT),
-    )
-    ordered = baseline().history[-1][2]
-    print(f"validation loss {ordered:.2f} in order, {loss:.2f} shuffled; entropy {limit:.2f}")
+    characters = list(TEXT)
+    random.Random(1).shuffle(characters)
+    shuffled = make_trainer("".join(characters))
+    shuffled.fit()
+
+    ordered_loss = baseline().history[-1].validation_loss
+    loss = shuffled.history[-1].validation_loss
+    limit = entropy(TEXT)
+    print(f"validation loss {ordered_loss:.2f} in order, {loss:.2f} shuffled; entropy {limit:.2f}")
     assert abs(loss - limit) < 0.1
+
+
+# ---- residual ------------------------------------------------------------------------------------
+
+
+class BlockWithoutResidual(Block):
+    def forward(self, x, cache=None):
+        x = self.attn(self.ln_1(x), cache)  # (B, T, C)
+        return self.mlp(self.ln_2(x))
+
+
+def set_network(trainer: Trainer, network: GPT) -> None:
+    """Let a Trainer that has not begun train another network."""
+    trainer.network = network
+    trainer.ema = copy.deepcopy(network).requires_grad_(False).eval()
+    trainer.init_optimizers()
 
 
 def residual() -> None:
     """Without the residual stream the zeros of c_proj stop activations and gradients alike."""
+    trainer = make_trainer()
+    config = trainer.network.config
+    network = GPT(config)
+    network.h = nn.ModuleList(BlockWithoutResidual(config, i) for i in range(config.n_layer))
+    network.init_weights()
+    set_network(trainer, network)
+    trainer.fit()
 
-    def forward(self, x, cache):
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x), cache)))
-
-    with patch.object(anexagpt.Block, "forward", forward):
-        loss = train().history[-1][2]
-    kept, limit = baseline().history[-1][2], entropy(TEXT)
-    print(f"validation loss {kept:.2f} with it, {loss:.2f} without; entropy {limit:.2f}")
+    usual_loss = baseline().history[-1].validation_loss
+    loss = trainer.history[-1].validation_loss
+    limit = entropy(TEXT)
+    print(f"validation loss {usual_loss:.2f} with it, {loss:.2f} without; entropy {limit:.2f}")
     assert loss > limit - 0.1
 
 
+# ---- overfit -------------------------------------------------------------------------------------
+
+
 def overfit() -> None:
-    """A short text is memorised: validation loss rises while training loss goes on falling."""
-    history = train(TEXT[:2_000], 450).history
-    for step, training, validation in history:
+    """A short text is memorized: validation loss rises while training loss goes on falling."""
+    trainer = make_trainer(TEXT[:2_000], steps=450)
+    trainer.fit()
+    for step, training, validation in trainer.history:
         print(f"step {step:3}: training loss {training:.2f}, validation loss {validation:.2f}")
-    lowest = min(validation for _, _, validation in history)
-    assert history[-1][1] < history[0][1] and history[-1][2] > lowest + 0.02
+    first = trainer.history[0]
+    last = trainer.history[-1]
+    assert last.training_loss < first.training_loss
+    assert last.validation_loss > trainer.best_loss + 0.02
+
+
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 def cache() -> None:
     """The KV cache changes the time, not the text."""
-    network, ids, T = baseline().ema, TOKENIZER.encode("The "), CONFIG.block_size
+    n = 250
+    trainer = make_trainer(steps=50, config=replace(CONFIG, block_size=256))
+    trainer.fit()
+    network = trainer.ema
+    tokenizer = trainer.corpus.tokenizer
+    prompt = tokenizer.encode("The ")
+
     started = time.perf_counter()
-    tokens = anexagpt.generate_ids(network, ids, SampleConfig(temperature=0.0), [None])
-    cached = [int(next(tokens)[0]) for _ in range(200)]
-    middle, text = time.perf_counter(), list(ids)
-    for _ in range(200):
-        context = np.array(text[anexagpt.context_start(len(text), T) :], dtype="i8")
-        with torch.no_grad():
-            logits = network(torch.from_numpy(context[None]))[0, -1]  # (V,)
-        text.append(1 + int(logits[1:].argmax()))
-    rates = 200 / (middle - started), 200 / (time.perf_counter() - middle)
-    print("{:,.0f} char/s with the cache, {:,.0f} without; ".format(*rates), end="")
-    print("the same text" if cached == text[len(ids) :] else "ANOTHER text")
-    assert cached == text[len(ids) :]
+    rng = np.random.default_rng(1)
+    uncached = anexagpt.generate(network, prompt, n, SampleConfig(), rng)[len(prompt) :]  # (n,)
+    uncached_rate = n / (time.perf_counter() - started)
+
+    started = time.perf_counter()
+    rng = np.random.default_rng(1)
+    steps = anexagpt.generate_ids(network, prompt, SampleConfig(), [rng])
+    cached = np.concatenate(list(islice(steps, n)))  # (n,)
+    cached_rate = n / (time.perf_counter() - started)
+
+    is_same = np.array_equal(cached, uncached)
+    text = "the same text" if is_same else "ANOTHER text"
+    print(f"{cached_rate:,.0f} char/s with the cache, {uncached_rate:,.0f} without; {text}")
+    assert is_same
 
 
-EXERCISES = {f.__name__: f for f in (heads, mask, temperature, shuffle, residual, overfit, cache)}
+EXERCISES = {
+    "heads": heads,
+    "mask": mask,
+    "temperature": temperature,
+    "shuffle": shuffle,
+    "residual": residual,
+    "overfit": overfit,
+    "cache": cache,
+}
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name not in EXERCISES:
+            sys.exit(f"{name}: no such exercise; choose from {', '.join(EXERCISES)}")
+    torch.set_num_threads(1)  # in a network this tiny they would wait for each other
+    for name in names or EXERCISES:
+        exercise = EXERCISES[name]
+        print(f"--- {name}: {exercise.__doc__}")
+        exercise()
 
 
 if __name__ == "__main__":
-    if unknown := set(sys.argv[1:]) - set(EXERCISES):
-        sys.exit(f"{unknown.pop()}: no such exercise; choose from {', '.join(EXERCISES)}")
-    for name in sys.argv[1:] or EXERCISES:
-        print(f"--- {name}: {EXERCISES[name].__doc__}")
-        EXERCISES[name]()
+    main(sys.argv[1:])

@@ -24,15 +24,16 @@ from collections import Counter
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import numpy as np
 import torch
 from rich.ansi import AnsiDecoder
 from rich.console import Console
 
 import anexagpt
+from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
 FOLDER = HERE / "pictures"
 FIGURES = FOLDER / "figures.json"
@@ -44,104 +45,172 @@ VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 
 # ---- measurements --------------------------------------------------------------------------------
 
 
-class AdamWForMatrices:
-    """Takes the place of a Trainer's Muon."""
+class MatrixAdamW:
+    """Updates the matrices of a Trainer's network; takes the place of its Muon."""
 
-    def __init__(self, trainer, rate: float):
-        matrices = [p for p in trainer.model.h.parameters() if p.dim() == 2]
-        self.rate, options = rate, dict(betas=(0.9, 0.99), weight_decay=trainer.cfg.weight_decay)
-        self.adamw = torch.optim.AdamW(matrices, **options)
+    def __init__(self, trainer: Trainer, rate: float):
+        matrices = [p for p in trainer.network.h.parameters() if p.dim() == 2]
+        self.rate = rate
+        self.adamw = torch.optim.AdamW(
+            matrices, betas=(0.9, 0.99), weight_decay=trainer.cfg.weight_decay
+        )
 
     def step(self, scale) -> None:
         self.adamw.param_groups[0]["lr"] = self.rate * float(scale)
         self.adamw.step()
 
 
-def curves(corpus) -> dict:
+def validation_losses(name: str, trainer: Trainer) -> list:
+    """Rows [step, validation loss] of a training run."""
+    trainer.fit()
+    rows = []
+    for step, _, loss in trainer.history:
+        rows.append([step, round(loss, 4)])
+    print(f"{name:<14} {rows[-1][1]:.4f}", flush=True)
+    return rows
+
+
+def curves(corpus: Corpus) -> dict:
     """Validation losses with Muon for the matrices of the blocks, and with AdamW for all."""
-    config = anexagpt.GPTConfig(block_size=64, dropout=0.0)
-    settings = dict(max_steps=1_000, batch_size=12, eval_interval=100, checkpoint_interval=1e9)
-    cfg, runs = anexagpt.TrainConfig(**settings, seed=1), {}
+    config = GPTConfig(block_size=64)
+    cfg = TrainConfig(max_steps=1_000, batch_size=12, eval_interval=100, dropout=0.0, seed=1)
     device, dtype = anexagpt.select_device("cpu")
-    display = SimpleNamespace(update=lambda: None, evaluation=lambda: None)
-    for rate in (None, 2e-3, 4e-3, 8e-3):
-        trainer, name = anexagpt.Trainer(config, cfg, corpus, device, dtype), "Muon"
-        if rate:
-            trainer.muon, name = AdamWForMatrices(trainer, rate), f"AdamW at {rate:g}"
-        anexagpt.training_loop(trainer, display, None, lambda: False)
-        runs[name] = [[step, round(loss, 4)] for step, _, loss in trainer.history]
-        print(f"{name:<14} {runs[name][-1][1]:.4f}", flush=True)
+    trainer = Trainer(corpus, config, cfg, device, dtype)
+    runs = {"Muon": validation_losses("Muon", trainer)}
+    for rate in (2e-3, 4e-3, 8e-3):
+        name = f"AdamW at {rate:g}"
+        trainer = Trainer(corpus, config, cfg, device, dtype)
+        trainer.muon = MatrixAdamW(trainer, rate)
+        runs[name] = validation_losses(name, trainer)
     return runs
 
 
-def baselines(corpus) -> dict:
+def baselines(corpus: Corpus) -> dict:
     """Losses of count-based models on the validation part, in nats per character."""
     text = corpus.tokenizer.decode(corpus.ids)
-    n, V = len(text) * 9 // 10, len(set(text))
-    train, val = text[:n], text[n:]
-    unigrams, bigrams, before = Counter(train), Counter(pairwise(train)), Counter(train[:-1])
-    unigram = (math.log((n + V) / (unigrams[c] + 1)) for c in val[1:])
-    bigram = (math.log((before[a] + V) / (bigrams[a, b] + 1)) for a, b in pairwise(val))
-    losses = dict(uniform=math.log(V))
-    losses |= dict(unigram=statistics.fmean(unigram), bigram=statistics.fmean(bigram))
+    V = len(set(text))
+    n = len(text) * 9 // 10
+    train = text[:n]
+    val = text[n:]
+    unigrams = Counter(train)
+    bigrams = Counter(pairwise(train))
+    before = Counter(train[:-1])
+    unigram = []
+    bigram = []
+    for a, b in pairwise(val):
+        unigram.append(math.log((n + V) / (unigrams[b] + 1)))
+        bigram.append(math.log((before[a] + V) / (bigrams[a, b] + 1)))
+    losses = {
+        "uniform": math.log(V),
+        "unigram": statistics.fmean(unigram),
+        "bigram": statistics.fmean(bigram),
+    }
     for name, loss in losses.items():
-        bits, perplexity = loss / math.log(2), math.exp(loss)
-        print(f"{name:<8} {loss:.2f} nats {bits:.2f} bits, perplexity {perplexity:.0f}")
+        bits = loss / math.log(2)
+        print(f"{name:<8} {loss:.2f} nats {bits:.2f} bits, perplexity {math.exp(loss):.0f}")
     return losses
 
 
-def model(path: Path) -> dict:
-    """What a trained model computes; the gradient is that of the loss on six texts of its own."""
-    gpt, prompt, text = anexagpt.load(path), "It was a ", "\nsaid Sherlock Holmes"
-    network, tokenizer = gpt.network, gpt.tokenizer
-    encode = lambda text: torch.from_numpy(tokenizer.encode(text).astype("i8"))  # noqa: E731
-    logits = network(encode(prompt)[None])[0, -1].detach()  # (V,)
-    logits[0] = -torch.inf  # U+FFFD is never sampled
-    order = logits.argsort(descending=True)[:14]
-    probs = {f"{t:g}": (logits / t).softmax(-1)[order].tolist() for t in (0.25, 0.5, 1, 2)}
-    samples = {}
-    for t in (0, 0.5, 0.8, 1, 1.5):
-        samples[f"{t:g}"] = gpt.generate(prompt, temperature=t, max_new=150, seed=1)
-        print(f"temperature {t}: {samples[f'{t:g}']!r}")
+def temperature(model: anexagpt.Model, prompt: str) -> dict:
+    """Probabilities of the 14 likeliest characters after `prompt` at four temperatures."""
+    order = model.next_characters(prompt, temperature=1.0).argsort()[::-1][:14]
+    probs = {}
+    for value in (0.25, 0.5, 1, 2):
+        p = model.next_characters(prompt, temperature=float(value))  # (V,)
+        probs[f"{value:g}"] = p[order].tolist()
+    characters = model.tokenizer.decode(order)
+    return {"prompt": prompt, "next": characters, "probs": probs}
+
+
+def samples(model: anexagpt.Model, prompt: str) -> dict:
+    texts = {}
+    for value in (0, 0.5, 0.8, 1, 1.5):
+        text = model.generate(prompt, temperature=value, max_new=150, seed=1)
+        print(f"temperature {value}: {text!r}")
+        texts[f"{value:g}"] = text
+    return texts
+
+
+def attention(model: anexagpt.Model, text: str) -> dict:
+    """Attention weights within `text` of the heads in HEADS."""
+    weights = model.attention(text)  # (L, H, T, T)
     heads = {}
-    for head in HEADS:
-        layer, number = map(int, head.split("."))
-        weights = anexagpt.attention_weights(network, encode(text), layer - 1)[number - 1]
-        heads[head] = [[round(w, 3) for w in row] for row in weights.tolist()]
-    texts = ["\n" + gpt.generate(max_new=256, seed=seed) for seed in range(6)]
-    batch = torch.stack([encode(text) for text in texts])  # (6, 257)
-    anexagpt.cross_entropy(network(batch[:, :-1]), batch[:, 1:]).backward()
-    grad = network.h[0].attn.c_proj.weight.grad
-    matrices = grad / grad.norm(), anexagpt.newton_schulz(grad[None])[0]
-    return dict(
-        model=str(gpt.metadata),
-        temperature=dict(prompt=prompt, next=tokenizer.decode(order), probs=probs),
-        samples=samples,
-        attention=dict(text=text, heads=heads),
-        muon=[[round(s, 4) for s in torch.linalg.svdvals(m).tolist()] for m in matrices],
-        chat=terminal(path, CHAT, seed=4, height=13),
-        views=terminal(path, VIEWS, seed=3, height=25),
-    )
+    for name in HEADS:
+        layer, head = map(int, name.split("."))
+        heads[name] = weights[layer - 1, head - 1].astype(float).round(3).tolist()
+    return {"text": text, "heads": heads}
+
+
+def singular_values(matrix) -> list[float]:
+    return [round(s, 4) for s in torch.linalg.svdvals(matrix).tolist()]
+
+
+def muon(model: anexagpt.Model) -> list:
+    """Singular values of a gradient of the loss on six texts of the model, and of its update."""
+    T = model.network.config.block_size
+    windows = []
+    for seed in range(6):
+        text = "\n" + model.generate(max_new=T, seed=seed)
+        windows.append(model.tokenizer.encode(text))
+    batch = torch.from_numpy(np.stack(windows).astype("i8"))  # (6, T + 1)
+    logits = model.network(batch[:, :-1])  # (6, T, V)
+    anexagpt.cross_entropy_sum(logits, batch[:, 1:]).backward()
+    grad = model.network.h[0].attn.c_proj.weight.grad  # (C, C)
+    update = anexagpt.newton_schulz(grad[None])[0]  # (C, C)
+    return [singular_values(grad / grad.norm()), singular_values(update)]
+
+
+def measure_model(path: Path) -> dict:
+    """What a trained model computes."""
+    model = anexagpt.load(path)
+    prompt = "It was a "
+    return {
+        "model": str(model.metadata),
+        "temperature": temperature(model, prompt),
+        "samples": samples(model, prompt),
+        "attention": attention(model, "\nsaid Sherlock Holmes"),
+        "muon": muon(model),
+        "chat": terminal(path, CHAT, seed=4, height=13),
+        "views": terminal(path, VIEWS, seed=3, height=25),
+    }
 
 
 def terminal(path: Path, lines: tuple, seed: int, height: int) -> str:
-    """What a terminal shows of a chat, with its colour codes."""
-    options = "--max-new", "150", "--seed", str(seed)
-    command = sys.executable, HERE.parent / "anexagpt.py", "chat", path.name, *options
-    colour = dict(FORCE_COLOR="1", COLORTERM="truecolor", TERM="xterm-256color")
-    env = os.environ | colour | dict(COLUMNS="80", LINES=str(height))
-    pipes = dict(input="\n".join(lines), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    run = subprocess.run(command, cwd=path.resolve().parent, env=env, encoding="utf-8", **pipes)
-    parts = zip(run.stdout.split("Prompt: ")[1:], lines, strict=True)  # a pipe has no echo
-    return run.stdout.split("Prompt: ")[0] + "".join(f"Prompt: {b}\n{a}" for a, b in parts)
+    """What a terminal shows of a chat, with its color codes."""
+    program = HERE.parent / "anexagpt.py"
+    color = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
+    size = {"COLUMNS": "80", "LINES": str(height)}
+    run = subprocess.run(
+        [sys.executable, program, "chat", path.name, "--max-new", "150", "--seed", str(seed)],
+        input="\n".join(lines),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=path.resolve().parent,
+        env=os.environ | color | size,
+        encoding="utf-8",
+    )
+    screen, *answers = run.stdout.split("Prompt: ")
+    for line, answer in zip(lines, answers, strict=True):
+        screen += f"Prompt: {line}\n{answer}"  # a pipe has no echo
+    return screen
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 # A white background, so that a picture looks the same on light and on dark pages.
 
-INK, GREY, FAINT, BLUE, RED = "#102030", "#555555", "#d8dee4", "#205080", "#b03020"
+INK = "#102030"
+GREY = "#555555"
+FAINT = "#d8dee4"
+BLUE = "#205080"
+RED = "#b03020"
 TONES = ("#9dbad6", "#5d8fbd", BLUE, RED)
-BOLD, MONO = 'font-weight="bold"', 'font-family="Menlo, Consolas, monospace"'
+BOLD = 'font-weight="bold"'
+MONO = 'font-family="Menlo, Consolas, monospace"'
+DASHED = 'stroke-dasharray="4 4"'
+
+
+def write_svg(name: str, svg: str) -> None:
+    (FOLDER / f"{name}.svg").write_text(svg + "\n", encoding="utf-8", newline="\n")
 
 
 class Picture:
@@ -173,50 +242,78 @@ class Picture:
             self.text(left - 8, y + 5, label, GREY, "end")
 
     def save(self, name: str) -> None:
-        text = "\n".join([*self.lines, "</svg>\n"])
-        (FOLDER / f"{name}.svg").write_text(text, encoding="utf-8", newline="\n")
+        write_svg(name, "\n".join([*self.lines, "</svg>"]))
 
 
-def shown(c: str) -> str:
+def visible(c: str) -> str:
     return {" ": "␣", "\n": "↵"}.get(c, c)
+
+
+def best_adamw(runs: dict) -> str:
+    """Name of the run with AdamW that has the lowest loss at its end."""
+    names = [name for name in runs if name != "Muon"]
+    return min(names, key=lambda name: runs[name][-1][1])
+
+
+def step_that_reaches(history: list, goal: float) -> float:
+    """The step at which a loss falls to `goal`, between two evaluations by linear interpolation."""
+    for (step, loss), (next_step, next_loss) in pairwise(history):
+        if next_loss <= goal:
+            share = (loss - goal) / (loss - next_loss)
+            return step + share * (next_step - step)
+    raise ValueError(f"the loss does not fall to {goal}")
 
 
 def draw_curves(runs: dict) -> None:
     """Validation loss over the steps; where Muon reaches what AdamW at its best rate ends at."""
-    picture, last = Picture(400, "Validation loss of Muon and of AdamW"), runs["Muon"][-1][0]
-    x, y = lambda step: 70 + 490 * step / last, lambda loss: 340 - 310 * (loss - 1.5)
+    last_step = runs["Muon"][-1][0]
+
+    def x(step: float) -> float:
+        return 70 + 490 * step / last_step
+
+    def y(loss: float) -> float:
+        return 340 - 310 * (loss - 1.5)
+
+    picture = Picture(400, "Validation loss of Muon and of AdamW")
     picture.grid(70, 560, {loss: y(loss) for loss in (1.5, 1.7, 1.9, 2.1, 2.3, 2.5)})
-    for step in range(0, last + 1, 250):
+    for step in range(0, last_step + 1, 250):
         picture.text(x(step), 362, f"{step:,}", GREY, "middle")
     picture.text(315, 386, "steps of 12 × 64 characters", GREY, "middle")
     picture.text(570, 20, "validation loss, nats/char", GREY)
-    best = min(runs, key=lambda name: (name == "Muon", runs[name][-1][1]))
-    goal = runs[best][-1][1]
-    below = 0.0
-    for name, history in sorted(runs.items(), key=lambda run: -run[1][-1][1]):
-        colour = {"Muon": RED, best: BLUE}.get(name, TONES[1])
+
+    best = best_adamw(runs)
+    colors = {"Muon": RED, best: BLUE}
+    label_y = 0.0
+    for name in sorted(runs, key=lambda name: -runs[name][-1][1]):
+        history = runs[name]
+        color = colors.get(name, TONES[1])
         points = [(x(step), y(loss)) for step, loss in history if loss < 2.5]
-        picture.line(points, colour, 1 + 1.5 * (name in ("Muon", best)))
-        below = max(points[-1][1] + 5, below + 16)  # labels do not overlap
-        picture.text(570, below, f"{history[-1][1]:.3f}  {name}", colour)
-    (a, high), (b, low) = next(p for p in pairwise(runs["Muon"]) if p[1][1] <= goal)
-    reached = a + (b - a) * (high - goal) / (high - low)
-    dashed = [(560, y(goal)), (x(reached), y(goal)), (x(reached), 340)]
-    picture.line(dashed, GREY, 1, 'stroke-dasharray="4 4"')
+        width = 2.5 if name in colors else 1.0
+        picture.line(points, color, width)
+        label_y = max(points[-1][1] + 5, label_y + 16)  # labels do not overlap
+        picture.text(570, label_y, f"{history[-1][1]:.3f}  {name}", color)
+
+    goal = runs[best][-1][1]
+    reached = step_that_reaches(runs["Muon"], goal)
+    path = [(560, y(goal)), (x(reached), y(goal)), (x(reached), 340)]
+    picture.line(path, GREY, 1, DASHED)
     picture.text(x(reached) - 8, 330, f"Muon is there at step {reached:,.0f}", GREY, "end")
     picture.save("curves")
 
 
 def draw_temperature(figures: dict) -> None:
     """Groups of bars: the likeliest characters at four temperatures."""
+    characters = figures["next"]
+    group_width = 680 / len(characters)
+    bar_width = (group_width - 12) / 4
     picture = Picture(330, "Probabilities of the next character at four temperatures")
     picture.grid(60, 740, {f"{percent}%": 270 - 7 * percent for percent in (0, 10, 20, 30)})
-    group = 680 / len(figures["next"])
-    for i, c in enumerate(figures["next"]):
-        picture.text(60 + group * (i + 0.5), 292, shown(c), INK, "middle", MONO)
-        for j, row in enumerate(figures["probs"].values()):
-            x, width, height = 66 + group * i + j * (group - 12) / 4, (group - 12) / 4, 700 * row[i]
-            picture.box(x, 270 - height, width, height, TONES[j])
+    for i, c in enumerate(characters):
+        picture.text(60 + group_width * (i + 0.5), 292, visible(c), INK, "middle", MONO)
+        for j, probs in enumerate(figures["probs"].values()):
+            height = 700 * probs[i]
+            x = 66 + group_width * i + j * bar_width
+            picture.box(x, 270 - height, bar_width, height, TONES[j])
     picture.text(60, 320, f"next character after “{figures['prompt']}”, likeliest first", GREY)
     picture.text(330, 30, "temperature", anchor="end")
     for i, name in enumerate(figures["probs"]):
@@ -225,46 +322,59 @@ def draw_temperature(figures: dict) -> None:
     picture.save("temperature")
 
 
-def draw_attention(figures: dict) -> None:
-    """Attention weights of two heads: a row for each query, a column for each key."""
-    text, cell = figures["text"], 15
+def draw_map(picture: Picture, left: float, cell: float, text: str, weights: list) -> None:
+    """An attention map: a row for each query, a column for each key."""
     size = cell * len(text)
-    picture = Picture(90 + size, "Attention maps of two heads of a trained model")
-    for x0, (name, caption) in zip((50, 425), HEADS.items(), strict=True):
-        picture.text(x0, 26, "layer {}, head {}: ".format(*name.split(".")) + caption, extra=BOLD)
-        picture.box(x0, 64, size, size, "#f5f8fb")
-        for t, row in enumerate(figures["heads"][name]):
-            picture.text(x0 - 8, 76 + cell * t, shown(text[t]), INK, "middle", MONO)
-            picture.text(x0 + cell * (t + 0.5), 58, shown(text[t]), INK, "middle", MONO)
-            for s, weight in enumerate(row):
-                if weight >= 0.02:
-                    picture.box(x0 + cell * s, 64 + cell * t, cell, cell, BLUE, weight)
+    picture.box(left, 64, size, size, "#f5f8fb")
+    for t, row in enumerate(weights):
+        c = visible(text[t])
+        picture.text(left - 8, 76 + cell * t, c, INK, "middle", MONO)
+        picture.text(left + cell * (t + 0.5), 58, c, INK, "middle", MONO)
+        for s, weight in enumerate(row):
+            if weight >= 0.02:
+                picture.box(left + cell * s, 64 + cell * t, cell, cell, BLUE, weight)
+
+
+def draw_attention(figures: dict) -> None:
+    text = figures["text"]
+    cell = 15
+    height = 90 + cell * len(text)
+    picture = Picture(height, "Attention maps of two heads of a trained model")
+    for left, name in zip((50, 425), HEADS, strict=True):
+        layer, head = name.split(".")
+        picture.text(left, 26, f"layer {layer}, head {head}: {HEADS[name]}", extra=BOLD)
+        draw_map(picture, left, cell, text, figures["heads"][name])
     caption = "A row for each query, a column for each key; dark blue is a weight of 100%."
-    picture.text(50, 82 + size, caption, GREY)
+    picture.text(50, height - 8, caption, GREY)
     picture.save("attention")
+
+
+def draw_spectrum(picture: Picture, left: float, title: str, values: list, color: str) -> None:
+    """Bars of singular values."""
+    width = 300 / len(values)
+    picture.text(left, 30, title, extra=BOLD)
+    picture.grid(left, left + 300, {tick: 190 - 120 * tick for tick in (0, 0.5, 1)})
+    for i, s in enumerate(values):
+        picture.box(left + width * i, 190 - 120 * s, width, 120 * s, color)
+    picture.text(left, 214, f"all {len(values)} singular values, largest first", GREY)
 
 
 def draw_muon(figures: list) -> None:
     """Singular values of a gradient and of the update that Muon makes of it."""
+    gradient, update = figures
     picture = Picture(230, "Singular values before and after orthogonalisation")
-    titles = "gradient, divided by its norm", "update: the gradient, orthogonalised"
-    for x0, title, values, colour in zip((60, 430), titles, figures, (BLUE, RED), strict=True):
-        picture.text(x0, 30, title, extra=BOLD)
-        picture.grid(x0, x0 + 300, {tick: 190 - 120 * tick for tick in (0, 0.5, 1)})
-        for i, s in enumerate(values):
-            bar = 300 / len(values)
-            picture.box(x0 + bar * i, 190 - 120 * s, bar, 120 * s, colour)
-        picture.text(x0, 214, f"all {len(values)} singular values, largest first", GREY)
+    draw_spectrum(picture, 60, "gradient, divided by its norm", gradient, BLUE)
+    draw_spectrum(picture, 430, "update: the gradient, orthogonalised", update, RED)
     picture.save("muon")
 
 
 def draw_screen(name: str, screen: str) -> None:
-    options = dict(file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console = Console(record=True, width=80, **options)
+    console = Console(
+        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
     for line in AnsiDecoder().decode(screen):
         console.print(line)
-    svg = console.export_svg(title="python anexagpt.py chat", unique_id=name)
-    (FOLDER / f"{name}.svg").write_text(svg + "\n", encoding="utf-8", newline="\n")
+    write_svg(name, console.export_svg(title="python anexagpt.py chat", unique_id=name))
 
 
 def draw(figures: dict) -> None:
@@ -277,21 +387,25 @@ def draw(figures: dict) -> None:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=("model", "curves", "baselines"))
     parser.add_argument("--model", type=Path, default=Path(anexagpt.MODEL))
     parser.add_argument("--data")
     args = parser.parse_args()
     figures = json.loads(FIGURES.read_text(encoding="utf-8"))
     if args.what == "model":
-        figures["model"] = model(args.model)
-    elif args.what:
-        data = args.data or ("sherlock" if args.what == "baselines" else "shakespeare")
-        measure = dict(curves=curves, baselines=baselines)[args.what]
-        figures[args.what] = measure(anexagpt.load_corpus([data]))
-    lines = [f'"{name}": {json.dumps(v, ensure_ascii=False)}' for name, v in figures.items()]
-    FIGURES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
+        figures["model"] = measure_model(args.model)
+    elif args.what == "curves":
+        figures["curves"] = curves(anexagpt.load_corpus([args.data or "shakespeare"]))
+    elif args.what == "baselines":
+        figures["baselines"] = baselines(anexagpt.load_corpus([args.data or "sherlock"]))
+    entries = []
+    for name, value in figures.items():
+        entries.append(f'"{name}": {json.dumps(value, ensure_ascii=False)}')
+    content = "{\n" + ",\n".join(entries) + "\n}\n"
+    FIGURES.write_text(content, encoding="utf-8", newline="\n")
     draw(figures)
 
 

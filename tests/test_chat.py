@@ -139,7 +139,7 @@ def test_why(model, cli, monkeypatch, columns):
     assert f"{sum(own):,.1f} bits, {sum(own) / len(own):.3f} bits/char" in lines[end]
     for line, i in zip(lines[end + 1 :], np.argsort(own)[:-4:-1], strict=True):
         best = bits[i].argmin()
-        likeliest = f"({model.tokenizer.characters[best]!r} {bits[i][best]:.1f})"
+        likeliest = f"('{model.tokenizer.characters[best]}' {bits[i][best]:.1f})"
         assert line.startswith(f"{text[i]!r} {own[i]:.1f} bits") and likeliest in line
 
 
@@ -240,11 +240,18 @@ def test_set(model, cli):
 
 def test_stop_means_the_same_everywhere(model, cli):
     r"""Catches --stop "\n" that waits for a backslash, where /set stop \n waits for a line end."""
-    expected = model.generate("the", max_new=200, seed=1, stop=("\n", "zz"))
-    assert "\n" in model.generate("the", max_new=200, seed=1) and "\n" not in expected
-    settings = ["/set seed 1", "/set max-new 200", "/set stop \\n", "/set stop zz"]
+    hot = dict(max_new=200, seed=1, temperature=5.0)
+    expected = model.generate("the", **hot, stop=("\n", "zz"))
+    assert "\n" in model.generate("the", **hot) and "\n" not in expected
+    settings = [
+        "/set seed 1",
+        "/set max-new 200",
+        "/set temperature 5",
+        "/set stop \\n",
+        "/set stop zz",
+    ]
     assert chat(cli, *settings, "the")[0] == f"the{expected}\n"
-    options = ["-n", 200, "--seed", 1, "--stop", "\\n", "--stop", "zz"]
+    options = ["-n", 200, "--seed", 1, "--temperature", 5, "--stop", "\\n", "--stop", "zz"]
     assert chat(cli, "the", options=options)[0] == f"the{expected}\n"
     assert cli("generate", "the", *options).out == f"the{expected}\n"
 
@@ -302,7 +309,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer yet",
         "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
         "/model no.safetensors": "no such file", "/read model.safetensors": "not ",
-        "/model model.safetensors/x": "Not a directory", f"/read {'n' * 300}": "too long",
+        "/model model.safetensors/x": "no such file", f"/read {'n' * 300}": "too long",
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]

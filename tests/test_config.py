@@ -31,8 +31,8 @@ LIMITS = [  # option, the last value that is allowed, the first that is not, the
 def test_limits(cli, option, good, bad, limit):
     """Catches limits that are off by one, and messages without option, value or rule."""
     name = option[2:].replace("-", "_")
-    configs = GPTConfig, TrainConfig, SampleConfig
-    (config,) = (c for c in configs if name in c.__dataclass_fields__)
+    configs = TrainConfig, GPTConfig, SampleConfig
+    config = next(c for c in configs if name in c.__dataclass_fields__)
     arguments = ["generate", "x"] if config is SampleConfig else ["train", "--data", "none.txt"]
     assert cli(*arguments, f"{option}={bad}").is_error(f"{option} {bad}", limit)
     assert getattr(config(**{name: good}), name) == good
@@ -53,7 +53,7 @@ WRONG = [
 @pytest.mark.parametrize("config, name, value", WRONG, ids=str)
 def test_wrong_types(config, name, value):
     """Catches a bool, a string, a fraction or NaN that slips through, from a file or a notebook."""
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}") as error:
+    with pytest.raises(UserError, match=f"`{name}=") as error:
         config(**{name: value})
     assert "\n" not in str(error.value)
     assert SampleConfig(temperature=1).temperature == 1  # but an integer is a number
@@ -62,7 +62,7 @@ def test_wrong_types(config, name, value):
 @pytest.mark.parametrize("n_embd, n_head, fix", [(130, 4, 132), (10, 3, 12), (7, 16, 16)])
 def test_divisible(n_embd, n_head, fix):
     """Catches advice that is not the next larger multiple."""
-    with pytest.raises(UserError, match=f"--n-embd {n_embd}.*--n-head.* {fix}$"):
+    with pytest.raises(UserError, match=f"`n_embd={n_embd}`.*`n_head`.* {fix}$"):
         GPTConfig(n_embd=n_embd, n_head=n_head)
     assert GPTConfig(n_embd=fix, n_head=n_head).n_embd == fix
 
@@ -88,8 +88,9 @@ def test_every_option_reaches_the_model_file(cli, tmp_path):
     assert cli("train", "t.txt", *options).status == 0
     model = load("model.safetensors")
     assert asdict(model.network.config) == shape | dict(vocab_size=26)
-    assert model.metadata.training == training | dict(init=None)
+    assert model.metadata.training == training | dict(init=None, dropout=0.25, logit_scale=1.0)
     expected = dict(learning_rate=0.006, muon_learning_rate=0.02, weight_decay=0.1, grad_accum=1)
     expected |= dict(warmup_steps=50, eval_interval=250, checkpoint_interval=60.0, seed=1337)
-    assert asdict(TrainConfig()) == expected | dict(max_steps=5_000, batch_size=None, init=None)
+    resolved = dict.fromkeys(("batch_size", "init", "dropout", "logit_scale"))
+    assert asdict(TrainConfig()) == expected | dict(max_steps=5_000) | resolved
     assert SampleConfig() == SampleConfig(0.7, 0, 1.0, 0.0, 1.0, 300, (), None)

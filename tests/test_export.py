@@ -160,7 +160,7 @@ def test_folder(trained, ours, cli):
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert figures["loss"] == pytest.approx(loss, abs=1e-4)
     assert figures["bits_per_character"] == pytest.approx(loss / 0.693147, abs=1e-4)
-    words = [ours.metadata.data["sha256"], "sherlock", "b.txt", "a: #'b'@ [\U0001f600.txt"]
+    words = [ours.metadata.data.sha256, "sherlock", "b.txt", "a: #'b'@ [\U0001f600.txt"]
     for word in [*words, "max_steps 100", "64 characters", "IndexError", "first.safetensors"]:
         assert word in " ".join(card.text.split()), word
     for file in folder.iterdir():

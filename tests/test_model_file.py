@@ -48,7 +48,9 @@ def refused(cli, path, *words: str) -> None:
         anexagpt.load(path)
     assert str(path) in str(error.value) and str(error.value).isprintable()
     result = cli("generate", "a", "--model", path)
-    assert result.is_error(str(path), *words) and str(error.value) in result.err
+    assert (
+        result.is_error(str(path), *words) and anexagpt.as_options(str(error.value)) in result.err
+    )
     result = cli("info", "--model", path)
     assert result.status == 0 or result.is_error(str(path))
 
@@ -98,7 +100,7 @@ def test_file_of_an_earlier_version(tiny, cli):
     data["name"] = data.pop("names")[0] + " + x.txt"
     training = entry(tiny, "training") | dict(checkpoint_interval=None, learning_rate=99)
     path = craft(tiny, dict(data=data, training=training))
-    assert anexagpt.load(path).metadata.data["names"] == [data["name"]]
+    assert anexagpt.load(path).metadata.data.names == [data["name"]]
     assert cli("info", "--model", path).out.count(" + x.txt")
 
 

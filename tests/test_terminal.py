@@ -100,8 +100,9 @@ def random_model(tiny: Path, path: Path | str, characters: str, scale: float = 0
     characters = "\ufffd" + "".join(sorted(set(characters)))
     shape = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, dropout=0.0) | shape
     config = anexagpt.GPTConfig(vocab_size=len(characters), **shape)
+    network = anexagpt.GPT(config)
     torch.manual_seed(1)
-    weights = {n: torch.randn(w.shape) * scale for n, w in anexagpt.GPT(config).named_parameters()}
+    weights = {n: torch.randn(w.shape) * scale for n, w in network.named_parameters()}
     fields = dict(config=dataclasses.asdict(config), characters=characters)
     metadata = header(tiny)["__metadata__"] | {k: json.dumps(v) for k, v in fields.items()}
     save_file(weights, path, metadata)

@@ -282,7 +282,7 @@ def test_resuming_changes_nothing(cli, text, stops):
 
 def test_init_never_ends_worse(cli, tiny):
     """Catches a model worse than the one it began with, and a best one that resuming forgets."""
-    rates = ["--muon-learning-rate", 0.3, "--learning-rate", 0.3, "--eval-interval", 5]
+    rates = ["--muon-learning-rate", 0.1, "--learning-rate", 0.1, "--eval-interval", 5]
     options = [*OPTIONS, "--init", tiny, *rates, "--max-steps", 10]
     with interrupt_at(3):
         assert cli("train", tiny.parent / "prose.txt", *options).status == 130
@@ -311,7 +311,7 @@ def test_diverged(cli, tiny, rate, early):
     """Catches a run that ends above the loss of knowing nothing, or at rate 0 with weights that no
     other command would load, and is called finished.
 
-    What was good before is in the last checkpoint.
+    What was good before is saved as the model.
     """
     options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", rate]
     options += ["--weight-decay", 10, "--max-steps", 30 if rate else 4]
@@ -322,11 +322,15 @@ def test_diverged(cli, tiny, rate, early):
     last = result.err.splitlines()[-1]
     assert result.status == 2 and "Training finished" not in result.err
     assert "diverged" in last and "--muon-learning-rate 3.3" in last
-    assert not Path("model.safetensors").exists()
-    assert Path("model.safetensors.checkpoint").exists() == early
+    assert Path("model.safetensors").exists() == early
+    assert not Path("model.safetensors.checkpoint").exists()
     if early:
-        saved = load("model.safetensors.checkpoint")
+        assert "best weights are saved in model.safetensors" in last
+        saved = load("model.safetensors")
         assert saved.metadata.validation_loss < math.log(26) and saved.generate("the", max_new=5)
+        step = saved.metadata.step
+        assert all(row.validation_loss < 1.1 * math.log(26) for row in saved.metadata.history[5:])
+        assert step < 1_000  # long before the end
 
 
 def test_overfitting_is_noticed(cli, tmp_path):

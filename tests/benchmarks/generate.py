@@ -6,6 +6,8 @@ Characters per second for one text and for 64 at once, over a context that is fi
 character to its end: beyond it only Anexa and nanoGPT continue. Temperature 0.8.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,64 +24,105 @@ import torch
 
 import anexagpt
 
+Program = Callable[[int, int], None]  # writes `batch` texts of n characters
 
-def anexa(model):
+
+def anexa(model: anexagpt.Model) -> Program:
     def run(batch: int, n: int) -> None:
         cfg = anexagpt.SampleConfig(temperature=0.8, max_new=n, seed=1)
-        pieces = model.stream_batch("", cfg, range(batch))
-        assert sum(len(piece) for row in pieces for piece in row) == batch * n
+        n_written = 0
+        for pieces in model.stream_batch("", cfg, range(batch)):
+            n_written += sum(map(len, pieces))
+        assert n_written == batch * n
 
     return run
 
 
-def shape(model) -> dict:
-    c = model.network.config
-    return dict(vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+def shape(model: anexagpt.Model) -> dict:
+    c = model.metadata.config
+    return {
+        "vocab_size": c.vocab_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+    }
 
 
-def transformers(model):
+def check_logits(theirs: torch.Tensor, model: anexagpt.Model, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        assert torch.allclose(theirs, model.network(ids), atol=1e-4)
+
+
+def transformers(model: anexagpt.Model) -> Program:
     import transformers
 
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    T = model.network.config.block_size
-    no_tokens = dict(bos_token_id=None, eos_token_id=None)
-    config = transformers.GPT2Config(n_positions=T, **shape(model), **no_tokens)
+    config = transformers.GPT2Config(
+        n_positions=model.metadata.config.block_size,
+        bos_token_id=None,
+        eos_token_id=None,
+        **shape(model),
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    weights = model.network.state_dict().items()
-    weights = {n: w.t() if n.startswith("h.") and w.dim() == 2 else w for n, w in weights}
+    weights = {}
+    for name, weight in model.network.state_dict().items():
+        is_matrix = name.startswith("h.") and weight.dim() == 2
+        weights[name] = weight.t() if is_matrix else weight  # theirs are (in, out)
     theirs.transformer.load_state_dict(weights)
     ids = torch.ones(1, 1, dtype=torch.long)
-    assert torch.allclose(theirs(ids).logits, model.network(ids), atol=1e-4)
-    sampling = dict(do_sample=True, temperature=0.8, top_k=0, pad_token_id=0)
+    check_logits(theirs(ids).logits, model, ids)
 
     def run(batch: int, n: int) -> None:
         prompt = ids.expand(batch, -1)
-        mask = torch.ones_like(prompt)
-        out = theirs.generate(prompt, attention_mask=mask, max_new_tokens=n, **sampling)
+        out = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=n,
+            do_sample=True,
+            temperature=0.8,
+            top_k=0,
+            pad_token_id=0,
+        )
         assert out.shape == (batch, n + 1)
 
     return run
 
 
-def nanogpt(model, checkout: Path):
+def nanogpt(model: anexagpt.Model, checkout: Path) -> Program:
     sys.path.insert(0, str(checkout))
     import model as nano
 
-    T = model.network.config.block_size
+    T = model.metadata.config.block_size
     config = nano.GPTConfig(block_size=T, dropout=0.0, bias=True, **shape(model))
     theirs = nano.GPT(config).eval()
     theirs.transformer.load_state_dict(model.network.state_dict())
     for block in theirs.transformer.h:
         block.mlp.gelu = torch.nn.GELU(approximate="tanh")  # as GPT-2; nanoGPT's is the exact one
     ids = torch.ones(1, 1, dtype=torch.long)
-    assert torch.allclose(theirs(ids)[0], model.network(ids), atol=1e-4)
+    logits, _ = theirs(ids)
+    check_logits(logits, model, ids)
 
     @torch.no_grad()
     def run(batch: int, n: int) -> None:
         theirs.generate(ids.expand(batch, -1), n, temperature=0.8)
 
     return run
+
+
+def measure(programs: dict[str, Program], batch: int, n: int, rounds: int) -> dict:
+    """Characters per second of each program, a list over the rounds."""
+    speeds = {name: [] for name in programs}
+    for turn in range(rounds + 1):
+        for name, run in programs.items():
+            if name == "nanoGPT" and batch > 1 and turn > 1:
+                continue  # a minute a turn: one is enough
+            started = time.perf_counter()
+            run(batch, n)
+            seconds = time.perf_counter() - started
+            if turn > 0:  # the first is a warm-up
+                speeds[name].append(batch * n / seconds)
+    return speeds
 
 
 def main() -> None:
@@ -97,24 +141,20 @@ def main() -> None:
     programs = {"Anexa": anexa(model), "transformers": transformers(model)}
     if args.nanogpt:
         programs["nanoGPT"] = nanogpt(model, args.nanogpt)
-    n, figures = model.network.config.block_size - 1, []
+    n = model.metadata.config.block_size - 1
+    figures = []
     print(f"{n} characters a text, {args.threads} threads, {args.rounds} rounds\n")
     print("| texts | program | characters/s, median | Anexa / it |\n|---|---|---|---|")
     for batch in args.batch:
-        speeds = {name: [] for name in programs}
-        for turn in range(args.rounds + 1):
-            for name, run in programs.items():
-                if name == "nanoGPT" and batch > 1 and turn > 1:
-                    continue  # a minute a turn: one is enough
-                start = time.perf_counter()
-                run(batch, n)
-                if turn:  # the first is a warm-up
-                    speeds[name].append(batch * n / (time.perf_counter() - start))
+        speeds = measure(programs, batch, n, args.rounds)
         for name, values in speeds.items():
+            median = statistics.median(values)
             pairs = zip(speeds["Anexa"], values, strict=False)
-            median, ratio = statistics.median(values), statistics.median(a / b for a, b in pairs)
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
             print(f"| {batch} | {name} | {median:,.0f} | {ratio:.2f} |")
-            figures.append(dict(batch=batch, program=name, speed=median, ratio=ratio, all=values))
+            figures.append(
+                {"batch": batch, "program": name, "speed": median, "ratio": ratio, "all": values}
+            )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

@@ -5,6 +5,8 @@
 Each command gets an input that ends at once. POSIX only.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -14,18 +16,49 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 PROGRAM = Path(__file__).resolve().parents[2] / "anexagpt.py"
 
 
-def measure(command: list[str], folder: str) -> tuple[float, float, float]:
-    """Seconds, seconds of the processor, and the largest memory in MB of a command."""
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, **streams)
-    _, _, used = os.wait4(process.pid, 0)
-    megabytes = used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-    return time.perf_counter() - start, used.ru_utime + used.ru_stime, megabytes
+class Usage(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    megabytes: float  # the most memory at any time
+
+
+def measure(command: list[str], folder: str) -> Usage:
+    """raises: RuntimeError if the command fails"""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"exit status {process.returncode} of {' '.join(command)}")
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return Usage(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / unit)
+
+
+def commands(model: Path, text: Path) -> dict[str, list[str]]:
+    ours = [sys.executable, str(PROGRAM)]
+    generate = [*ours, "generate", "It was", "--model", str(model.resolve())]
+    train = [*ours, "train", "--data", str(text.resolve()), "--max-steps", "20", "--restart"]
+    return {
+        "import torch": [sys.executable, "-c", "import torch"],
+        "--help": [*ours, "--help"],
+        "chat, first prompt": [*ours, "chat", "--model", str(model.resolve())],
+        "generate, 300 characters": generate,
+        "generate, 64 texts": [*generate, "-k", "64"],
+        "train, 20 steps of 6 x 256": train,
+        "train --size medium, 20 steps of 6 x 256": [*train, "--size", "medium"],
+    }
 
 
 def main() -> None:
@@ -35,28 +68,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ours, model = [sys.executable, str(PROGRAM)], ["--model", str(args.model.resolve())]
-    train = [*ours, "train", "--data", str(args.text.resolve()), "--max-steps", "20", "--restart"]
-    commands = {
-        "import torch": [sys.executable, "-c", "import torch"],
-        "--help": [*ours, "--help"],
-        "chat, first prompt": [*ours, "chat", *model],
-        "generate, 300 characters": [*ours, "generate", "It was", *model],
-        "generate, 64 texts": [*ours, "generate", "It was", "-k", "64", *model],
-        "train, 20 steps of 6 x 256": train,
-        "train --size medium, 20 steps of 6 x 256": [*train, "--size", "medium"],
-    }
-    figures = {name: [] for name in commands}
+    figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(args.rounds + 1):  # the first fills the system's caches
-            for name, command in commands.items():
-                if turn == 1 or not name.startswith("train"):
-                    figures[name] += [measure(command, folder)]
+        for turn in range(args.rounds + 1):
+            for name, command in commands(args.model, args.text).items():
+                if name.startswith("train") and turn != 1:
+                    continue  # too slow for more than one turn
+                usage = measure(command, folder)
+                if turn > 0:  # the first fills the system's caches
+                    figures.setdefault(name, []).append(usage)
+    baseline = statistics.median(usage.seconds for usage in figures["import torch"])
     print("| what | seconds | of the processor | x `import torch` | MB |\n|---|---|---|---|---|")
     for name, rounds in figures.items():
-        seconds, cpu, memory = map(statistics.median, zip(*rounds[1:] or rounds, strict=True))
-        ratio = seconds / statistics.median(row[0] for row in figures["import torch"][1:])
-        print(f"| {name} | {seconds:.2f} | {cpu:.2f} | {ratio:.2f} | {memory:,.0f} |")
+        seconds, cpu_seconds, megabytes = map(statistics.median, zip(*rounds, strict=True))
+        ratio = seconds / baseline
+        print(f"| {name} | {seconds:.2f} | {cpu_seconds:.2f} | {ratio:.2f} | {megabytes:,.0f} |")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

@@ -7,6 +7,8 @@ the first step to the validation loss that nanoGPT's own CPU command ends with? 
 train.py, unchanged. Without --nanogpt only the others run.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import pickle
@@ -17,83 +19,153 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
 import anexagpt
+from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
-SHAPE = dict(n_layer=4, n_head=4, n_embd=128)
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128}
+
+
+class Run(NamedTuple):
+    ms: float  # per step, median, without evaluation
+    seconds: float = 0.0  # from the first step to the end, with evaluation
+    loss: float = 0.0  # lowest validation loss
+
+
+def median_ms(times: list[float]) -> float:
+    """Median milliseconds between the `times`, in seconds, of steps; the first fifth is warm-up."""
+    steps = np.diff(times)
+    return 1e3 * statistics.median(steps[len(steps) // 5 :])
+
+
+# ---- Anexa ---------------------------------------------------------------------------------------
+
+
+def anexa(corpus: Corpus, block: int, batch: int, steps: int, **settings) -> Run:
+    config = GPTConfig(block_size=block, **SHAPE)
+    cfg = TrainConfig(
+        batch_size=batch, max_steps=steps, eval_interval=steps, dropout=0.0, **settings
+    )
+    device, dtype = anexagpt.select_device("cpu")
+    times = []
+
+    def note_time(trainer: Trainer) -> bool:
+        times.append(time.perf_counter())
+        return False
+
+    with anexagpt.training_state():
+        trainer = Trainer(corpus, config, cfg, device, dtype)
+        anexagpt.use_fast_training(trainer)
+        started = time.perf_counter()
+        trainer.fit(should_stop=note_time)
+        seconds = time.perf_counter() - started
+    return Run(median_ms([started, *times]), seconds, trainer.best_loss)
+
+
+# ---- nanoGPT -------------------------------------------------------------------------------------
 
 
 def prepare_nanogpt(checkout: Path, text: str) -> None:
     """The files that nanoGPT's data/shakespeare_char/prepare.py would write."""
-    folder, characters = checkout / "data" / "benchmark", sorted(set(text))
+    folder = checkout / "data" / "benchmark"
     folder.mkdir(parents=True, exist_ok=True)
-    ids = np.array([characters.index(c) for c in text], np.uint16)
-    ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
-    ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
+    characters = sorted(set(text))
     stoi = {c: i for i, c in enumerate(characters)}
-    meta = dict(vocab_size=len(characters), itos=dict(enumerate(characters)), stoi=stoi)
+    ids = np.array([stoi[c] for c in text], np.uint16)
+    n = len(ids) * 9 // 10
+    ids[:n].tofile(folder / "train.bin")
+    ids[n:].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def nanogpt(checkout: Path, block: int, batch: int, steps: int) -> tuple[float, float]:
-    """Median milliseconds per step, by its own log, and seconds from the first step to the end."""
+def nanogpt(checkout: Path, block: int, batch: int, steps: int) -> Run:
+    """nanoGPT's train.py, with the milliseconds of its own log."""
     command = f"""train.py config/train_shakespeare_char.py --device=cpu --compile=False
         --dataset=benchmark --out_dir={tempfile.mkdtemp()} --eval_iters=20 --log_interval=1
         --block_size={block} --batch_size={batch} --n_layer=4 --n_head=4 --n_embd=128
         --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"""
-    command, times, start = [sys.executable, "-u", *command.split()], [], 0.0
-    with subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True) as process:
+    started = None
+    times = []
+    with subprocess.Popen(
+        [sys.executable, "-u", *command.split()], cwd=checkout, stdout=subprocess.PIPE, text=True
+    ) as process:
         for line in process.stdout:
-            start = start or (time.perf_counter() if line.startswith("step 0") else 0.0)
+            if started is None and line.startswith("step 0"):
+                started = time.perf_counter()
             if found := re.match(r"iter \d+: .* time ([\d.]+)ms", line):
                 times.append(float(found[1]))
-    return statistics.median(times[len(times) // 5 :]), time.perf_counter() - start
+    seconds = time.perf_counter() - started
+    return Run(statistics.median(times[len(times) // 5 :]), seconds)
 
 
-class Clock(list):
-    """A progress display that notes the time of each step."""
-
-    def update(self) -> None:
-        self.append(time.perf_counter())
-
-    def evaluation(self) -> None:
-        pass
+# ---- transformers --------------------------------------------------------------------------------
 
 
-def anexa(corpus, block: int, batch: int, steps: int, **settings):
-    """Median milliseconds per step without evaluation, seconds with it, best validation loss."""
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    config = anexagpt.GPTConfig(block_size=block, dropout=0.0, **SHAPE)
-    cfg = anexagpt.TrainConfig(batch_size=batch, max_steps=steps, eval_interval=steps, **settings)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    trainer = anexagpt.Trainer(config, cfg, corpus, torch.device("cpu"), dtype)
-    clock = Clock([time.perf_counter()])
-    anexagpt.training_loop(trainer, clock, lambda stop: None, lambda: False)
-    seconds = time.perf_counter() - clock[0]
-    return 1e3 * statistics.median(np.diff(clock)[steps // 5 :]), seconds, trainer.best_loss
-
-
-def transformers(corpus, block: int, batch: int, steps: int) -> float:
-    """Median milliseconds per step of the loop that one writes with transformers and AdamW."""
+def transformers(corpus: Corpus, block: int, batch: int, steps: int) -> Run:
+    """The loop that one writes with transformers and AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    rates = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    ids, n = corpus.ids, len(corpus.tokenizer)
-    config = GPT2Config(vocab_size=n, n_positions=block, **SHAPE, **rates)
-    model, times = GPT2LMHeadModel(config), [time.perf_counter()]
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=len(corpus.tokenizer), n_positions=block, **SHAPE, **no_dropout)
+    model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rng = np.random.default_rng(1)
+    times = [time.perf_counter()]
     for _ in range(steps):
-        starts = np.random.randint(len(ids) - block, size=batch)
-        x = torch.from_numpy(np.stack([ids[i : i + block] for i in starts]).astype("i8"))
+        starts = rng.integers(len(corpus.ids) - block, size=batch)
+        windows = [corpus.ids[i : i + block] for i in starts]
+        x = torch.from_numpy(np.stack(windows).astype("i8"))
         model(x, labels=x).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter())
-    return 1e3 * statistics.median(np.diff(times)[steps // 5 :])
+    return Run(median_ms(times))
+
+
+# ---- comparison ----------------------------------------------------------------------------------
+
+
+def compare_speed(corpus: Corpus, args: argparse.Namespace, block: int, batch: int) -> dict:
+    """Milliseconds a step of all programs, and their ratios to ours."""
+    shape = (block, batch, args.steps)
+    ms = {"Anexa": [], "transformers": []}
+    if args.nanogpt:
+        ms["nanoGPT"] = []
+    for _ in range(args.rounds):
+        ms["Anexa"].append(anexa(corpus, *shape).ms)
+        if args.nanogpt:
+            ms["nanoGPT"].append(nanogpt(args.nanogpt, *shape).ms)
+        ms["transformers"].append(transformers(corpus, *shape).ms)
+    print(f"\n{batch} x {block} characters a step, {args.rounds} rounds, medians")
+    figures = {}
+    for name, values in ms.items():
+        median = statistics.median(values)
+        ratio = statistics.median(np.divide(values, ms["Anexa"]).tolist())
+        speed = block * batch / median * 1e3
+        print(f"  {name:<13}{median:8.1f} ms {speed:9,.0f} char/s {ratio:6.2f} x")
+        figures[f"{name} {batch}x{block}"] = {"ms": median, "ratio": ratio}
+    return figures
+
+
+def compare_time_to_loss(corpus: Corpus, args: argparse.Namespace) -> dict:
+    """Seconds to the loss at which nanoGPT's own CPU command ends."""
+    # A short run bears higher rates than the 5,000 steps that the defaults are for.
+    rates = {"muon_learning_rate": 0.06, "learning_rate": 0.06, "warmup_steps": 60}
+    ours = anexa(corpus, 64, 12, args.our_steps, **rates)
+    print(f"\n{args.our_steps} steps of 12 x 64: loss {ours.loss:.4f} after {ours.seconds:.1f} s")
+    figures = {"anexa": ours.seconds, "loss": ours.loss}
+    if args.nanogpt:
+        peer = nanogpt(args.nanogpt, 64, 12, 2_000).seconds
+        ratio = peer / ours.seconds
+        print(f"nanoGPT's own 2,000 steps, to 1.874: {peer:.1f} s, {ratio:.1f} times")
+        figures["nanogpt"] = peer
+    return figures
 
 
 def main() -> None:
@@ -106,30 +178,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     corpus = anexagpt.load_corpus([str(args.text)])
-    figures: dict = dict(torch=torch.__version__, threads=torch.get_num_threads())
     if args.nanogpt:
         prepare_nanogpt(args.nanogpt, args.text.read_text("utf-8"))
-    for block, batch in ((64, 12), (256, 12)):
-        shape, rounds = (block, batch, args.steps), []
-        for _ in range(args.rounds):
-            peer = nanogpt(args.nanogpt, *shape)[0] if args.nanogpt else float("nan")
-            rounds.append((anexa(corpus, *shape)[0], peer, transformers(corpus, *shape)))
-        print(f"\n{batch} x {block} characters a step, {args.rounds} rounds, medians")
-        for i, name in enumerate(("Anexa", "nanoGPT", "transformers")):
-            ms = statistics.median(row[i] for row in rounds)
-            ratio = statistics.median(row[i] / row[0] for row in rounds)
-            print(
-                f"  {name:<13}{ms:8.1f} ms {block * batch / ms * 1e3:9,.0f} char/s {ratio:6.2f} x"
-            )
-            figures[f"{name} {batch}x{block}"] = dict(ms=ms, ratio=ratio)
-    # A short run bears higher rates than the 5,000 steps that the defaults are for.
-    rates = dict(muon_learning_rate=0.06, learning_rate=0.06, warmup_steps=60)
-    _, seconds, loss = anexa(corpus, 64, 12, args.our_steps, **rates)
-    print(f"\n{args.our_steps} steps of 12 x 64: loss {loss:.4f} after {seconds:.1f} s")
-    figures["to target"] = dict(anexa=seconds, loss=loss)
-    if args.nanogpt:
-        figures["to target"]["nanogpt"] = peer = nanogpt(args.nanogpt, 64, 12, 2_000)[1]
-        print(f"nanoGPT's own 2,000 steps, to 1.874: {peer:.1f} s, {peer / seconds:.1f} times")
+    figures = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for block in (64, 256):
+        figures |= compare_speed(corpus, args, block, batch=12)
+    figures["to target"] = compare_time_to_loss(corpus, args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2))
 

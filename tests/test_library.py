@@ -1,0 +1,199 @@
+"""The library: train() and Model from Python, in a thread, twice, and in a notebook."""
+
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, prose
+from test_chat import CHARACTERS, reference, softmax
+from test_terminal import random_model
+
+import anexagpt
+from anexagpt import UserError, load, train
+
+TEXT = prose(500)
+SMALL = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=24)
+SMALL |= dict(eval_interval=8, device="cpu", dtype="float32", progress=False)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def process_state() -> tuple:
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), handlers, dict(os.environ)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_train_and_generate(capfd, dropout):
+    """Catches files that nobody asked for, state of the process that is changed, output without
+    progress, and a model that is not the best of the run."""
+    before = process_state()
+    model = train(text=TEXT, dropout=dropout, **SMALL)
+    text = model.generate("the ", max_new=50, temperature=0.7, seed=1)
+    assert process_state() == before and os.listdir() == []
+    assert len(text) == 50 and capfd.readouterr() == ("", "")
+    m = model.metadata
+    assert m.step == 24 and m.data.names == ["text"] and m.config.dropout == dropout
+    assert m.validation_loss == pytest.approx(min(r.validation_loss for r in m.history), abs=1e-6)
+    loss, _ = anexagpt.evaluate(model.network, model.tokenizer.encode(TEXT)[len(TEXT) * 9 // 10 :])
+    assert loss == pytest.approx(m.validation_loss, abs=1e-5) and not model.network.training
+    again = train(text=TEXT, dropout=dropout, **SMALL)
+    assert all(map(torch.equal, model.network.parameters(), again.network.parameters()))
+
+
+def test_the_command_line_trains_the_same(cli):
+    """Catches settings that a keyword and its option do not share."""
+    Path("t.txt").write_text(TEXT)
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "progress"]
+    assert cli("train", "t.txt", *options, "--seed", 7).status == 0
+    model = train("t.txt", out="library.safetensors", seed=7, **SMALL)
+    assert model.path == Path("library.safetensors") and model.metadata == load().metadata
+    for other in (load(), load("library.safetensors")):
+        assert all(map(torch.equal, model.network.parameters(), other.network.parameters()))
+
+
+def test_stopped_and_resumed():
+    """Catches a run that should_stop does not stop, and a second call that begins anew."""
+    whole, calls = train(text=TEXT, **SMALL), []
+
+    def should_stop() -> bool:
+        calls.append(1)
+        return len(calls) > 10
+
+    model = train(text=TEXT, out="m.safetensors", should_stop=should_stop, **SMALL)
+    assert model.metadata.step < 24 and model.path.name == "m.safetensors.checkpoint"
+    assert model.generate("the", max_new=5)
+    model = train(text=TEXT, out="m.safetensors", **SMALL)
+    assert model.metadata.history == whole.metadata.history
+    assert all(map(torch.equal, model.network.parameters(), whole.network.parameters()))
+    with pytest.raises(UserError, match=r"already trained.*`restart`.*`init=m\.safetensors`"):
+        train(text=TEXT, out="m.safetensors", **SMALL)
+    tuned = train(
+        text=prose(300), init="m.safetensors", **{k: v for k, v in SMALL.items() if k[:2] != "n_"}
+    )
+    assert tuned.metadata.training["init"] == "m.safetensors"
+
+
+WRONG = [
+    (dict(max_steps=0), "`max_steps=0`: must be a whole number from 1"),
+    (dict(max_steps=True), "`max_steps=True`"),
+    (dict(max_step=5), "`max_step`: unknown; choose from .*max_steps"),
+    (dict(vocab_size=5), "`vocab_size`: unknown"),
+    (dict(size="tiny"), "`size=tiny`: must be one of small, medium, large"),
+    (dict(dtype="float16"), "`dtype=float16`"),
+    (dict(device="tpu"), "`device=tpu`: not found; choose .*cpu"),
+    (dict(data="nowhere.txt", text=None), "`data=nowhere.txt`: no such file"),
+    (dict(data="nowhere.txt"), "`data` and `text`"),
+    (dict(text="short"), "`data=text`: 5 characters, but training needs 170"),
+    (dict(out="model.bin"), r"`out=model\.bin`: must be a file ending in \.safetensors"),
+    (dict(learning_rate=10.0, muon_learning_rate=10.0), "diverged.*`learning_rate=3.3`"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG, ids=str)
+def test_errors_in_the_words_of_python(wrong, message):
+    """Catches messages with options of the command line, or a TypeError from the depths."""
+    with pytest.raises(UserError, match=message) as error:
+        train(**dict(text=TEXT) | SMALL | wrong)
+    assert "--" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sampling_errors():
+    """The same for what a Model is asked for."""
+    model = train(text=TEXT, **SMALL)
+    for settings in (dict(temprature=1.0), dict(temperature=-1), dict(top_k=1.5)):
+        with pytest.raises(UserError, match=f"`{next(iter(settings))}"):
+            model.generate("the", **settings)
+
+
+def test_in_a_thread():
+    """Catches what works in the main thread only, as signal handlers do."""
+    models, expected = [], train(text=TEXT, **SMALL)
+    thread = threading.Thread(target=lambda: models.append(train(text=TEXT, **SMALL)))
+    thread.start()
+    thread.join()
+    assert models[0].metadata == expected.metadata
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+def test_views_are_arrays(tiny):
+    """Catches a wrong shape, unit or order, against the formulas in float64."""
+    model = random_model(tiny, "model.safetensors", CHARACTERS, scale=0.7)
+    text = "sherlock holmes took his bottle from the corner"  # longer than the context
+    logits, weights = reference(model, text)
+    probs = model.next_characters(text)
+    assert probs.shape == (len(model.tokenizer),) and probs.sum() == pytest.approx(1)
+    np.testing.assert_allclose(probs, softmax(logits), atol=1e-5)
+    top = model.next_characters(text, top_k=3)
+    assert np.count_nonzero(top) == 3 and top[0] == 0
+    attention = model.attention(text)
+    assert attention.shape == tuple(weights.shape)  # (L, H, T, T)
+    np.testing.assert_allclose(attention, weights, atol=1e-5)
+    surprise = model.surprise(text)
+    index = model.tokenizer.characters.index
+    expected = []
+    for i, c in enumerate(text):
+        expected.append(-math.log2(softmax(reference(model, "\n" + text[:i])[0])[index(c)]))
+    np.testing.assert_allclose(surprise, expected, atol=1e-4)
+    after = model.surprise(text[10:], prompt="\n" + text[:10])
+    np.testing.assert_allclose(after, surprise[10:], atol=1e-4)
+    assert model.surprise("").shape == (0,)
+
+
+def test_repr(tiny):
+    """Catches a Model that shows object addresses, in a notebook."""
+    shown = repr(load(tiny)).splitlines()
+    assert "parameters" in shown[0] and "150 steps" in shown[0] and "prose.txt" in shown[0]
+    assert set(shown[1]) & set("▁▂▃▄▅▆▇█") and "\n" not in repr(
+        train(text=TEXT, **SMALL | dict(max_steps=1))
+    )
+
+
+# ---- notebooks -----------------------------------------------------------------------------------
+
+SETTINGS = {name: value for name, value in SMALL.items() if name != "progress"}
+CELLS = [
+    "import anexagpt",
+    f"model = anexagpt.train('t.txt', out='me.safetensors', **{SETTINGS})",
+    "print(model.generate('the ', max_new=20, seed=1))",
+    "model",
+    "anexagpt.main(['info', 'me.safetensors'])",
+    f"%run {ROOT / 'anexagpt.py'} generate the --model me.safetensors -n 5",
+]
+
+
+def test_in_a_notebook():
+    """Catches streams of a notebook that lack what a terminal's have, progress that fills the
+    screen instead of one line, and a traceback in any cell."""
+    manager = pytest.importorskip("jupyter_client.manager")
+    Path("t.txt").write_text(TEXT)
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), JUPYTER_PLATFORM_DIRS="1")
+    kernel, client = manager.start_new_kernel(env=environment, cwd=os.getcwd())
+    outputs = []
+    try:
+        for cell in CELLS:
+            parts = []
+            reply = client.execute_interactive(cell, timeout=120, output_hook=parts.append)
+            assert reply["content"]["status"] == "ok", (cell, reply["content"])
+            text = ""
+            for message in parts:
+                content = message["content"]
+                text += content.get("text", "") + content.get("data", {}).get("text/plain", "")
+            outputs.append(text)
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    _, training, written, shown, info, run = outputs
+    assert "24/24" in training and "\r" in training and "\x1b" not in training
+    assert len(written.strip("\n")) >= 15 and shown.startswith("Model: ")
+    assert "24 steps" in info and "Traceback" not in info and run.startswith("the")
