@@ -158,7 +158,7 @@ def test_kv_cache_equals_one_pass(gpt2):
     state_dict = matrices(gpt2)
     expected = flat({"logits": old.gpt(IDS, state_dict, CONFIG)})
     for lengths in ([1] * 8, [3, 1, 4], [7, 1]):
-        kv_cache, logits, ids = {}, [], iter(IDS)
+        kv_cache, logits, ids = old.new_kv_cache(CONFIG), [], iter(IDS)
         for n in lengths:
             logits += old.gpt(list(islice(ids, n)), state_dict, CONFIG, kv_cache)
         assert flat({"logits": logits}) == pytest.approx(expected, abs=1e-12)
