@@ -368,10 +368,43 @@ def test_ctrl_c_while_training(tmp_path):
     assert process.returncode == 130 and not [*tmp_path.iterdir()]
 
 
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def page_blocks():
+    page = (ROOT / "docs" / "old_architecture.md").read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
 def test_code_of_the_page_runs():
     """Catches a block of old_architecture.md that fails, or whose asserted figures are wrong."""
-    page, scope = (ROOT / "docs" / "old_architecture.md").read_text("utf-8"), {}
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    scope = {}
+    blocks = page_blocks()
     assert len(blocks) >= 5
     for block in blocks:
         exec(compile(block, "old_architecture.md", "exec"), scope)
+
+
+def test_the_listing_of_value_equals_the_fast_one():
+    """Catches a local gradient or chain rule of the page's short Value that is wrong."""
+    scope = {}
+    exec(compile(page_blocks()[0], "old_architecture.md", "exec"), scope)
+    assert scope["Value"] is not Value
+
+    def f(a, b, c):
+        d = a * b + c
+        return (d * d + a) ** 3 * b + (d + c) ** -2
+
+    def gradients(cls):
+        leaves = [cls(x) for x in numbers]
+        y = f(*leaves)
+        y.backward()
+        return [y.data, *(leaf.grad for leaf in leaves)]
+
+    numbers = [0.7, -1.2, 1.9]
+    simple = gradients(scope["Value"])
+    assert simple == pytest.approx(gradients(Value), rel=1e-12)
+    assert simple[0] == pytest.approx(f(*numbers), rel=1e-12)
+    for i, grad in enumerate(simple[1:]):  # central differences
+        ends = [[x + h * (i == j) for j, x in enumerate(numbers)] for h in (1e-6, -1e-6)]
+        assert grad == pytest.approx((f(*ends[0]) - f(*ends[1])) / 2e-6, rel=1e-6)
