@@ -819,6 +819,8 @@ class Trainer:
         if self.steps_done:  # the first weights of a fine-tuning have no training loss
             row = Evaluation(self.steps_done, round(training_loss, 6), round(validation_loss, 6))
             self.history.append(row)
+        if len(self.history) > 10_000:  # the header of a file has its limits
+            del self.history[0:-1:2]
         if validation_loss < self.best_loss:
             self.best_loss = validation_loss
             self.best_weights = {n: p.clone() for n, p in self.ema.named_parameters()}
@@ -1308,6 +1310,7 @@ import tempfile
 import threading
 import time
 import zlib
+from bisect import bisect_left
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -1565,14 +1568,31 @@ class DistributedTrainer(Trainer):
 
 
 @contextmanager
+def default_signals() -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if is_main and before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """Join the process group that torchrun describes in the environment, if there is one."""
     if "WORLD_SIZE" not in os.environ:
         yield DistributedContext()
         return
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(f"WORLD_SIZE is set but not {name}; start with torchrun, or unset it")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        is_number = value.isdecimal() and int(value) < 65_536
+        fix = "start with torchrun, or unset WORLD_SIZE"
+        require(is_number, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
+    require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
@@ -1580,9 +1600,13 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    with default_signals():  # it waits for the other ranks in C++, where Python's handlers wait
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"torchrun: the ranks cannot meet: {first_line(error)}") from None
     try:
         yield DistributedContext(rank, world_size)
     finally:
@@ -1695,6 +1719,10 @@ def free_name(path: Path, word: str) -> Path:
     raise UserError(f"{path}: a million names are taken; choose another folder")
 
 
+def save_error(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 class RunFile:
     """A file that a run writes and rewrites. It never replaces or removes somebody else's."""
 
@@ -1718,13 +1746,13 @@ class RunFile:
         """`write`, or else save to a temporary folder.  raises: UserError"""
         try:
             return self.write(tensors, header)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, MemoryError, RuntimeError) as error:
+            reason = save_error(error)
         try:
             other = Path(tempfile.mkdtemp(prefix="anexa-")) / self.path.name
             write_tensors(other, tensors, header)
-        except OSError as error:
-            failed = f"cannot be saved ({reason}), nor in a temporary folder ({first_line(error)})"
+        except (OSError, MemoryError, RuntimeError) as error:
+            failed = f"cannot be saved ({reason}), nor in a temporary folder ({save_error(error)})"
             raise UserError(f"{self.path}: {failed}; make room, and resume") from None
         raise UserError(f"{self.path}: {reason}; saved to {other} instead: move it here")
 
@@ -1895,6 +1923,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path:
+    """The folder for downloads: data/, or one in the home folder where this one is read-only."""
+    place = CACHE if CACHE.is_dir() else Path(".")
+    if os.access(place, os.W_OK):
+        return CACHE
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "anexa"
+    except RuntimeError:  # no home folder
+        return CACHE
+
+
 def is_intact(path: Path) -> bool:
     """Whether a stored download has the SHA-256 in the file beside it."""
     try:
@@ -1956,7 +1995,7 @@ def download(name: str) -> Path:
     built_in = BUILT_IN.get(name, BuiltInText("", mirrors=(name,)))
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
     stem = name if name in BUILT_IN else digest[:16]
-    path = CACHE / f"anexa-{stem}.txt"  # a name that no file of the user has
+    path = cache_folder() / f"anexa-{stem}.txt"  # a name that no file of the user has
     if is_intact(path):
         log(f"Reading {path} (delete it to download the text again)")
         return path
@@ -2020,35 +2059,49 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     return [Source(text, encoding) for text in texts]
 
 
+# Project Gutenberg's markers, whose lines may be wrapped: today's, and those of the 1990s.
+MARKER = r"\*\*\*\s?%s\sOF\sTH(?:E|IS)\sPROJECT\sGUTENBERG\sE(?:BOOK|TEXT)[^*]{0,300}\*\*\*"
+SMALL_PRINT = r"\*END\*?\s?THE\sSMALL\sPRINT![^*]{0,300}\*[^*\n]{0,40}\*END\*"
+LAST_LINE = r"(?i)(?:End of|Ende d\w+|Fin d\w+)\s(?:the |this )?Proje[ck]t Gutenberg"
+
+
 def strip_license(text: str) -> str:
-    """A book without Project Gutenberg's header and footer; other text as it is."""
-    marker = r"\*\*\* ?%s OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]{0,300}\*\*\*"
-    start = re.search(marker % "START", text)
-    ends = list(re.finditer(marker % "END", text))
-    if not start or not ends:
-        return text
-    body = text[start.end() : ends[-1].start()].strip()
-    # Older editions have a last line of their own.
-    return re.sub("\nEnd of (the )?Project Gutenberg.*$", "", body).rstrip() + "\n"
+    """Books without Project Gutenberg's headers and footers; other text as it is.
+
+    A book reaches from a start marker to the last end marker before the next start.
+    """
+    starts = list(re.finditer(f"{MARKER % 'START'}|{SMALL_PRINT}", text))
+    ends = [match.start() for match in re.finditer(MARKER % "END", text)]
+    limits = [start.start() for start in starts] + [len(text)]
+    books = []
+    for start, limit in zip(starts, limits[1:], strict=True):
+        inside = ends[bisect_left(ends, start.end()) : bisect_left(ends, limit)]
+        has_end = inside or start[0].startswith("*END")
+        if not has_end:
+            return text
+        book = text[start.end() : max(inside, default=limit)].strip()
+        body, _, last_lines = book.rpartition("\n\n")
+        books.append(body.strip() if re.match(LAST_LINE, last_lines) else book)
+    return "\n\n".join(books) + "\n" if books else text
 
 
 def text_error(source: Source) -> UserError:
     """Which byte of a file is not text, and what to do."""
-    with source.open() as file:
-        lines = list(file)
-    sample = b"".join(lines)[:100_000]
     where = "undecodable bytes"
+    with source.open() as file:
+        sample = file.read(100_000)
+        file.seek(0)
+        for number, line in enumerate(iter(partial(file.readline, PIECE), b""), 1):
+            at = line.find(b"\0")
+            try:
+                line.decode(source.encoding)
+            except UnicodeDecodeError as error:
+                at = error.start
+            if at >= 0:
+                around = line[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
+                where = f"byte 0x{line[at]:02x} in line {number:,}, near '{printable(around)}'"
+                break
     fix = "save it as plain text, not PDF or Word, or give its `encoding`"
-    for number, line in enumerate(lines, 1):
-        at = line.find(b"\0")
-        try:
-            line.decode(source.encoding)
-        except UnicodeDecodeError as error:
-            at = error.start
-        if at >= 0:
-            around = line[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
-            where = f"byte 0x{line[at]:02x} in line {number:,}, near '{printable(around)}'"
-            break
     is_binary = sample.startswith((b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"))
     guess = charset_normalizer.from_bytes(sample).best()
     if guess and not is_binary and guess.encoding not in ("ascii", "utf_8"):
@@ -2159,7 +2212,8 @@ def write_stdout(text: str) -> None:
 
 def log(text: str = "") -> None:
     """Print a message to stderr, wrapped to a terminal; of several ranks only rank 0 prints."""
-    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    if rank.isdecimal() and int(rank) > 0:
         return
     with suppress(OSError):  # the reader or the terminal has gone
         if sys.stderr.isatty():
@@ -2266,11 +2320,12 @@ def loss_chart(history: list[Evaluation], width: int = 60, height: int = 12) -> 
         return ""
     steps, *losses = np.array(history).T  # (N,) each
     columns = np.rint(steps / steps[-1] * (width - 10)).astype(int)
-    ticks = np.linspace(np.max(losses), np.min(losses), height)
+    later = [loss[steps >= steps[-1] / 10] for loss in losses]  # the first steps are far above
+    ticks = np.linspace(np.max(later), np.min(losses), height)
     grid = np.full((height, width - 9), " ")
     for loss, mark in zip(losses, "ox", strict=True):
         rows = (ticks[0] - loss) / max(ticks[0] - ticks[-1], 1e-9) * (height - 1)
-        grid[np.rint(rows).astype(int), columns] = mark
+        grid[np.rint(rows.clip(min=0)).astype(int), columns] = mark
     lines = []
     for tick, row in zip(ticks, grid, strict=True):
         lines.append(f"{tick:7.3f} |{''.join(row).rstrip()}")
@@ -2605,6 +2660,14 @@ def training_state() -> Iterator[None]:
         yield
 
 
+def is_unlike(ids: ndarray, other_ids: ndarray) -> bool:
+    """Whether the character frequencies of one text fit another one badly."""
+    n = int(max(ids.max(), other_ids.max())) + 1
+    share = (np.bincount(ids, minlength=n) + 0.5) / (len(ids) + 0.5 * n)
+    losses = -np.log(share)  # (V,) nats per character
+    return losses[other_ids].mean() > 1.25 * losses[ids].mean() + 0.1
+
+
 def log_run(t: Trainer) -> None:
     """Log text, network, device and schedule."""
     n = len(t.corpus.ids)
@@ -2612,6 +2675,9 @@ def log_run(t: Trainer) -> None:
     if n < 100_000:
         log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
     epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
+    if is_unlike(t.train_ids, t.val_ids):
+        log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
+        log("language: its loss says little, and the weights that are kept may not be the best.")
     init = f" of {t.cfg.init}" if t.cfg.init else ""
     log(
         f"{m.text_names}: {n:,} characters, {len(m.characters) - 1} different; "
@@ -2643,9 +2709,8 @@ class Checkpointer:
         else:
             try:
                 self.file.write(tensors, header)
-            except OSError as error:
-                reason = error.strerror or error
-                log(f"NOTE: {self.file.path}: not saved ({reason}); going on")
+            except (OSError, MemoryError, RuntimeError) as error:
+                log(f"NOTE: {self.file.path}: not saved ({save_error(error)}); going on")
         now = time.monotonic()
         interval = max(self.trainer.cfg.checkpoint_interval, 100 * (now - started))
         self.next_save = now + interval
@@ -3120,27 +3185,31 @@ def read_prompt() -> str:
     return "\n".join(lines)
 
 
-def open_history() -> history.History:
-    """Prompts of earlier sessions, where a file can be kept for them."""
-    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    try:
-        path = Path(folder, "anexa", "history").expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(0o600)  # only for the user
-        with open(path, "a+b") as file:  # what prompt_toolkit does later, in the background
-            require(path.is_file(), "not a regular file")
-            file.flush()
-        return QuietHistory(path)
-    except (OSError, RuntimeError, UserError):  # no home folder, or one that is read-only
-        return history.InMemoryHistory()
+class SafeHistory(history.FileHistory):
+    """Prompts of earlier sessions: neither a full disk nor a strange file stops a chat."""
 
-
-class QuietHistory(history.FileHistory):
-    """A history that a full disk does not stop."""
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
             super().store_string(string)
+
+
+def open_history() -> history.History:
+    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        path = Path(folder, "anexa", "history").expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe would block
+            return history.InMemoryHistory()
+        path.touch(0o600)  # only for the user
+        return SafeHistory(path)
+    except (OSError, RuntimeError):  # no home folder, or one that is read-only
+        return history.InMemoryHistory()
 
 
 def prompt_reader() -> Callable[[], str]:
@@ -3382,9 +3451,9 @@ def export(
     if folder:
         files = hub_files(model, folder.resolve().name, license)
     targets = [folder / name for name in files]
-    written = [path.resolve() for path in targets]  # a link may lead to the model
-    require(source not in written, f"{folder}: has a link to the model itself; remove it")
-    is_apart = not gguf or gguf.resolve() not in written
+    for path in [*targets, *filter(None, [gguf])]:
+        require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
+    is_apart = not gguf or gguf.resolve() not in [path.resolve() for path in targets]
     require(is_apart, f"{gguf}: is a file of the folder; choose another name")
     for target, content in zip(targets, files.values(), strict=True):
         with publish(target) as temporary:
@@ -3399,6 +3468,7 @@ def export(
 def push(model: Model, name: str, license: str, private: bool) -> str:
     """Upload a model to the Hub; returns its address.  raises: UserError"""
     hub = optional("huggingface_hub")
+    hub.utils.logging.set_verbosity_error()  # a server's warnings, with its control characters
     try:
         hub.utils.validate_repo_id(name)
         # The token is never an option: other users see the command line.
@@ -3486,7 +3556,7 @@ FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
     ("run train", "words", dict(metavar="TEXT", help="as --data")),
     ("chat info", "words", dict(metavar="MODEL", help="as --model")),
-    ("generate", "words", dict(metavar="PROMPT", help="text to continue, then as --model")),
+    ("generate", "words", dict(metavar="PROMPT", help="text, - for stdin; then as --model")),
     ("explain", "words", dict(metavar="PROMPT", help="text to show, then as --model")),
     ("eval", "words", dict(metavar="FILE", help="as --data or --model")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
@@ -3640,11 +3710,14 @@ def cmd_chat(args: argparse.Namespace) -> None:
 def cmd_generate(args: argparse.Namespace) -> None:
     require(args.words, "give a prompt, the text to continue")
     cfg = SampleConfig.pick(picked(args, SampleConfig))
+    text = args.words[0]
+    if text == "-":  # the way to have line ends in a prompt on Windows
+        text = sys.stdin.read().removesuffix("\n")
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
     model = load_model(take_model(args, args.words[1:]), args, one_text=n == 1)
-    model.prompt_ids(args.words[0])  # an error if none of it is known
-    prompt = normalize_and_log(model, args.words[0])
+    model.prompt_ids(text)  # an error if none of it is known
+    prompt = normalize_and_log(model, text)
     if n == 1:
         write_stdout(prompt)
         for pieces in model.stream_batch(prompt, cfg):
@@ -3863,4 +3936,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: no traceback out of the shutdown
+    sys.exit(status)

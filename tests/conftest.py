@@ -90,7 +90,7 @@ class Answer:
     body: bytes = b""
     status: int = 200
     type: str = "text/plain; charset=utf-8"
-    length: int | None = None
+    length: int | str | None = None
     drip: float = 0.0
     silent: bool = False
 
@@ -110,7 +110,10 @@ class Server:
                     return server.closing.wait(5)
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.type)
-                self.send_header("Content-Length", str(answer.length or len(answer.body)))
+                self.send_header(
+                    "Content-Length",
+                    str(len(answer.body) if answer.length is None else answer.length),
+                )
                 self.end_headers()
                 with suppress(OSError):  # the client has gone
                     n = 1 if answer.drip else len(answer.body)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import stat
+import time
 import unicodedata
 from pathlib import Path
 
@@ -287,7 +288,7 @@ def test_what_is_read(model, cli):
     """Catches a prompt that loses spaces, slashes or lines, an empty one that is answered, and
     70,000 unknown characters that make a notice of 379 kB."""
     cases = {
-        '"""/etc"""': "/etc", " the ": " the ", '"""/help"""': "/help", "quit.": "quit.",
+        '"""/etc"""': "/etc", " the ": " the ", '"""/help"""': "/help", "quit.": "quit.", '"""a""" b': "a b",
         '"""quit"""': "quit", '"""\na\n\nb\n"""': "a\n\nb", '"""a\n"""  ': "a", '""""""': "",
         "": "", "\U0001f600": "", "caf\u00e9\u2019s": "cafe's", "The": "the",
     }  # fmt: skip
@@ -299,6 +300,57 @@ def test_what_is_read(model, cli):
     out, err = chat(cli, unknown + "a", options=["-n", 0])
     assert out == "a\n" and len(err) < 1_000 and "more" in err
     assert len(cli("generate", unknown + "a", "-n", 0).err) < 600
+
+
+def test_open_quotes_take_linear_time(model, cli):
+    """Catches an unclosed prompt of 300,000 lines that takes minutes."""
+    started = time.process_time()
+    result = cli("chat", "-n", 0, stdin='"""' + "\n" * 300_000)
+    assert result.status == 0 and time.process_time() - started < 10
+
+
+def test_views_of_long_texts(model, cli):
+    """Catches a view of 100,000 characters that takes a minute without a word."""
+    text = "the cat " * 12_500
+    started = time.process_time()
+    for view in ("why", "tokens", "attn", "probs"):
+        result = cli("explain", text, "--view", view)
+        assert result.status == 0 and len(result.out) < 20_000
+        assert ("2,000" in result.err) == (view in ("why", "tokens"))
+    assert time.process_time() - started < 20
+
+
+def test_explain_counts_line_ends_as_chat_does(model, cli):
+    """Catches one id too many for a line end of Windows."""
+    assert "characters: 3, ids: 3" in cli("explain", "a\r\nb", "--view", "tokens").out
+
+
+@pytest.mark.parametrize("place", ["folder", "fifo", "full", "unreadable"])
+def test_history_that_cannot_be_kept(model, tmp_path, place):
+    """Catches 20 lines of "Unhandled exception in event loop" at each prompt, or a hang."""
+    path = tmp_path / "anexa" / "history"
+    path.parent.mkdir()
+    if place == "folder":
+        path.mkdir()
+    elif place == "fifo":
+        os.mkfifo(path)
+    elif place == "full":
+        path.symlink_to("/dev/full")
+    else:
+        path.write_bytes(b"# \xff\xfe\n+\xff\n\0")
+    child = Terminal("chat", "-n", 0, XDG_STATE_HOME=str(tmp_path))
+    seen = ""
+    cases = {"the\r": "the", "red\r": "red", "\x1b[31m\r": "m", "\x1b[A\x1b[A\r": "red"}
+    for keys, text in cases.items():
+        child.expect("Prompt:")
+        child.send(keys)
+        child.expect_exact(f"Response: {text}\r\n")
+        seen += child.before
+    child.expect("Prompt:")
+    child.send("\x04")
+    assert child.end() == 0
+    seen += child.before
+    assert "nhandled" not in seen and "Traceback" not in seen
 
 
 def test_lines_that_are_not_for_the_model(model, cli):

@@ -262,6 +262,32 @@ def test_commands_open_a_checkpoint(cli):
     assert cli("train", "prose.txt", "--out", file).is_error("--out", file, "choose another")
 
 
+@pytest.mark.parametrize("prompt", ["-the", "--", "--model", "-n 5"])
+def test_prompts_that_look_like_options(model, cli, prompt):
+    """Catches a prompt with a hyphen that is an option, also where -- is the prompt."""
+    result = cli("generate", "-n", 5, "--temperature", 0, "--", "the" + prompt)
+    assert result.status == 0 and len(result.out) > 8
+    known = prompt.replace("-", "")
+    for words in (["--", prompt], ["--", prompt, model]):
+        result = cli("generate", "-n", 5, "--temperature", 0, *words)
+        if known.strip():
+            assert result.status == 0 and result.out.startswith(known.strip()[:1]), result
+        else:
+            assert result.is_error("none of it is known")
+    assert cli("generate").is_error("prompt") and "MODEL" not in cli("generate").err
+
+
+def test_prompt_from_standard_input(model, cli):
+    """Catches a prompt of two lines that cmd.exe cannot pass."""
+    out = cli("generate", "-", "-n", 0, stdin="the\ncat\n").out
+    assert out == "the\ncat\n"
+
+
+def test_command_after_the_options(model, cli):
+    """Catches --quiet train, which took the command for a text."""
+    assert cli("--quiet", "train").is_error("'train'", "first")
+
+
 # ---- errors ----
 
 

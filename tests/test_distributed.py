@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,43 @@ def test_incomplete_environment(cli, monkeypatch, missing):
         if missing not in (name, "all"):
             monkeypatch.setenv(name, "0")
     assert cli(*LONG).is_error("WORLD_SIZE", "torchrun")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("WORLD_SIZE", "abc"), ("RANK", "-1"), ("MASTER_PORT", "99999"), ("RANK", "")]
+)
+def test_malformed_environment(cli, monkeypatch, name, value):
+    """Catches a traceback for a variable that is no number, or no port."""
+    variables = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    for key, good in (variables | {name: value}).items():
+        monkeypatch.setenv(key, good)
+    assert cli(*LONG).is_error(f"{name}={value}", "torchrun")
+
+
+def test_port_in_use(cli):
+    """Catches a traceback where another program has the port."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        same = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        same |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        result = Fork(*LONG, **same).result(30)
+    assert result.status == 2 and "Traceback" not in result.err
+    assert "the ranks cannot meet" in result.err.splitlines()[-1]
+
+
+def test_ctrl_c_while_waiting_for_a_rank():
+    """Catches a rank that ignores Ctrl-C while it waits for one that never comes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    same = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    fork = Fork(*LONG, **same, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    time.sleep(2)
+    started = time.monotonic()
+    os.kill(fork.pid, signal.SIGINT)
+    result = fork.result(20)
+    assert result.status in (130, -signal.SIGINT) and time.monotonic() - started < 5
+    assert "Traceback" not in result.err
 
 
 def torchrun(restarts: int, *options) -> subprocess.Popen:

@@ -236,14 +236,14 @@ def test_built_in_texts(read, server, monkeypatch, sherlock, shakespeare):
     mirrors(monkeypatch, "shakespeare", page[1])
     raw = sherlock.decode("utf-8").replace("\r\n", "\n")
     start, end = raw.index("***", raw.index("*** START OF") + 3) + 3, raw.index("*** END OF")
-    text = raw[start:end].strip() + "\n"
+    text = raw[start : raw.rindex("End of the Project Gutenberg", 0, end)].strip() + "\n"
     Path("data").mkdir()
     mine, half = Path("data/sherlock.txt"), sherlock[: len(sherlock) // 2]
     mine.write_bytes(b"mine")
     Path("data/anexa-sherlock.txt").write_bytes(half)
     for options in ([], ["--data", "sherlock", "--encoding", "utf-16"]):
         data = read(*options)
-        assert data["names"] == ["sherlock"] and data["sha256"] in (digest(text), digest(text[:-1]))
+        assert data["names"] == ["sherlock"] and data["sha256"] == digest(text)
     assert Path("data/anexa-sherlock.txt").read_bytes() == sherlock and mine.read_bytes() == b"mine"
     assert read("--data", "shakespeare")["sha256"] == hashlib.sha256(shakespeare).hexdigest()
     assert server.asked == ["/1", "/2"]
@@ -319,3 +319,186 @@ def test_two_writers(cli, server, monkeypatch):
     found = {anexagpt.load(f"{i}.safetensors").metadata.data.sha256 for i in range(3)}
     assert found == {digest(body.decode().replace("\r\n", "\n"))}
     assert len([name for name in names() if name.startswith("data")]) == 2
+
+
+# ---- downloads and texts that are not what they seem ---------------------------------------------
+
+PAGES = {  # status 200, and not a text
+    "login": Answer(
+        b"\xef\xbb\xbf \n<!DOCTYPE html><title>Free WLAN</title>" + BOOK, type="text/plain"
+    ),
+    "viewer": Answer(BOOK, type="text/html; charset=utf-8"),
+    "old": Answer(b"<HTML><body>" + BOOK),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_web_page_in_place_of_a_text(cli, read, server, monkeypatch, name):
+    """Catches a hotel's login page, or a viewer's page, that is trained on and stored."""
+    page = server.page("/a.txt", PAGES[name])
+    mirrors(monkeypatch, "sherlock", page)
+    for wanted in ("sherlock", page):
+        assert "web page" in failed(cli("train", "--data", wanted, *SMALL)) and names() == set()
+    named = server.page("/a.html", PAGES[name])  # the user wants it
+    assert read("--data", named)["characters"] > 200
+
+
+def test_stored_copies(read, cli, server):
+    """Catches a stored copy that is used although it was changed, and one that no message names."""
+    url = server.page("/a.txt", Answer(b"first text\n" * 20), Answer(b"second\n" * 40))
+    assert read("--data", url)["sha256"] == digest("first text\n" * 20)
+    (copy,) = Path("data").glob("*.txt")
+    assert str(copy) in cli("train", *SMALL, "--data", url).err and len(server.asked) == 1
+    copy.unlink()  # as the message says
+    assert read("--data", url)["sha256"] == digest("second\n" * 40)
+    copy.write_bytes(copy.read_bytes()[:99])
+    assert read("--data", url)["sha256"] == digest("second\n" * 40) and len(server.asked) == 3
+
+
+def test_slow_server(cli, server, monkeypatch):
+    """Catches a server that sends a byte now and then, and holds the program for ever."""
+    monkeypatch.setattr(anexagpt, "TIMEOUT", (0.4, 0.4))
+    url = server.page("/a.txt", Answer(b"text " * 200, drip=0.05))
+    started = time.monotonic()
+    assert "bytes per second" in failed(cli("train", "--data", url, *SMALL))
+    assert time.monotonic() - started < 10 and names() == set()
+
+
+@pytest.mark.parametrize("length", ["9" * 400, "4000 bytes", "-5", "0x10", ""])
+def test_odd_content_length(cli, server, monkeypatch, length):
+    """Catches a traceback or a riddle for a header that is no number."""
+    url = server.page("/a.txt", Answer(BOOK, length=length))
+    result = cli("train", "--data", url, *SMALL)
+    assert result.status == 0 or failed(result, "127.0.0.1")
+
+
+def test_certificates_and_proxies(cli, server, monkeypatch):
+    """Catches "no network" for what REQUESTS_CA_BUNDLE or HTTPS_PROXY would mend."""
+    port = server.address.rpartition(":")[2]
+    for error, words in (
+        (
+            anexagpt.requests.exceptions.SSLError("self-signed https://me:secret@x"),
+            "REQUESTS_CA_BUNDLE",
+        ),
+        (anexagpt.requests.exceptions.ProxyError("https://me:secret@x"), "HTTPS_PROXY"),
+    ):
+
+        def refuse(*_, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(anexagpt.requests, "get", refuse)
+        result = cli("train", "--data", f"http://127.0.0.1:{port}/x", *SMALL)
+        assert words in failed(result) and "secret" not in result.err
+
+
+def test_secrets_of_an_address(cli, server):
+    """Catches a password or a query in the model file, in a message, in info or in a chat."""
+    address = server.page("/a.txt?token=hidden", Answer(prose(100).encode()))
+    url = address.replace("//", "//me:secret@")
+    results = [cli("train", "--data", url, *SMALL[:-1])]
+    results += [cli("info"), cli("chat"), cli("info", "--json"), cli("train"), cli("eval")]
+    results.append(cli("run", "--data", url, *SMALL[:-1]))
+    shown = "".join(result.out + result.err for result in results)
+    for secret in ("secret", "hidden", "token", "me:"):
+        assert secret not in shown, shown
+        assert secret.encode() not in Path("model.safetensors").read_bytes()
+    assert "127.0.0.1" in cli("info").out and "/a.txt" in cli("info").out
+
+
+THREE_KINGDOMS = """\
+话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
+汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。
+"""
+SPOILT = {  # bytes, encoding, what the message says
+    b"one\ntwo\nth\xffree\n" * 9: ("utf-8", ["byte 0xff in line 3", r"near 'th\xffree\n'"]),
+    b"one\ntwo\0\n" * 9: ("utf-8", ["byte 0x00 in line 2"]),
+    THREE_KINGDOMS.encode("gb18030"): ("utf-8", ["--encoding gb"]),
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440. \u042d\u0442\u043e \u0442\u0435\u043a"
+    "\u0441\u0442.\n".encode("cp1251") * 40: ("utf-8", ["--encoding cp1251"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", SPOILT, ids=lambda raw: ascii(raw[:12]))
+def test_which_byte_is_not_text(cli, read, raw):
+    """Catches a message without the place, advice for another encoding, and no way to go on."""
+    encoding, words = SPOILT[raw]
+    Path("x.txt").write_bytes(raw)
+    command = ["train", *SMALL, "--data", "x.txt", "--encoding", encoding]
+    assert cli(*command).is_error("x.txt", *words, "--replace-errors")
+    result = cli(*command, "--replace-errors")
+    text = raw.decode(encoding, "replace").replace("\0", "\ufffd")
+    if text.count("\ufffd") < 20:
+        assert result.status == 0 and f"{text.count(chr(0xFFFD))} characters" in result.err
+        assert anexagpt.load("model.safetensors").metadata.data.sha256 == digest(text)
+
+
+def test_two_data_options(read):
+    """Catches the first of two --data options that is dropped without a word."""
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(name * 20)
+    assert read("--data", "a.txt", "--data", "b.txt")["names"] == ["a.txt", "b.txt"]
+
+
+def test_file_with_the_name_of_a_built_in_text(cli, server, monkeypatch):
+    """Catches a user's file that loses silently."""
+    mirrors(
+        monkeypatch,
+        "shakespeare",
+        server.page("/x", Answer(b"x" * 300 + b"Whiles thou art waking.")),
+    )
+    Path("shakespeare").write_text("mine " * 99)
+    result = cli("train", "--data", "shakespeare", *SMALL)
+    assert result.status == 0 and "./shakespeare" in result.err
+
+
+START, END = (f"*** {word} OF THE PROJECT GUTENBERG EBOOK A ***\n" for word in ("START", "END"))
+SMALL_PRINT = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n"
+WRAPPED = [marker.replace("PROJECT GUTENBERG", "PROJECT\nGUTENBERG") for marker in (START, END)]
+SECOND = (
+    "\nA license\n" + START.replace("THE", "THIS") + "B\n\nEnd of Project Gutenberg's B\nby C\n\n"
+)
+BOOKS = {  # a file of Project Gutenberg, and the books in it
+    "small print": (f"H\n{SMALL_PRINT}\nA\n\nEnd of The Project Gutenberg Etext of A\n", "A\n"),
+    "wrapped": (f"H\n{WRAPPED[0]}A\n{WRAPPED[1]}L", "A\n"),
+    "two": (f"H\n{START}A\n{END}{SECOND}{END}L", "A\n\nB\n"),
+    "German": (f"H\n{START}A\n\nEnde dieses Projekt Gutenberg Etextes A\n\n{END}", "A\n"),
+    "French": (f"H\n{START}A\n\nFin de Project Gutenberg A\n\n{END}", "A\n"),
+    "no end": ("*** START OF THE PROJECT GUTENBERG EBOOK A *** is a marker\n",) * 2,
+}
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_markers_of_other_decades(read, name):
+    """Catches a license in the text, or a text that loses its beginning."""
+    raw, expected = BOOKS[name]
+    body = "It was night. " * 20
+    raw = re.sub(r"^(A|B)$", rf"\1{body}", raw, flags=re.MULTILINE)
+    expected = re.sub(r"^(A|B)$", rf"\1{body.strip()}", expected, flags=re.MULTILINE)
+    if name == "no end":
+        raw += body
+        expected += body
+    Path("x.txt").write_text(raw)
+    assert read("--data", "x.txt")["sha256"] == digest(expected)
+
+
+def test_read_only_folder_for_downloads(server, monkeypatch, tmp_path):
+    """Catches a download that needs data/ where nothing can be written."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = server.page("/a.txt", Answer(BOOK))
+    path = anexagpt.download(url)
+    assert path.read_bytes() == BOOK and path.parent == tmp_path / "cache" / "anexa"
+    assert not Path("data").exists()
+
+
+def test_parts_of_unlike_languages(cli):
+    """Catches "overfitting" for a validation part in another language, and a note without cause."""
+    Path("two").mkdir()
+    Path("two/a.txt").write_text(prose(2_000))
+    Path("two/b.txt").write_text("\u4f60\u597d\u4e16\u754c\u5929\u5730\u4eba" * 300)
+    Path("one.txt").write_text(prose(2_000))
+    for name, words in {"two": 1, "one.txt": 0}.items():
+        result = cli(
+            "train", "--data", name, *TINY, "--max-steps", 1, "--out", f"{name[:3]}.safetensors"
+        )
+        assert result.status == 0 and result.err.count("is unlike the rest") == words

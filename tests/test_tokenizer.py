@@ -48,6 +48,17 @@ PROMPTS = [
     ("ab", "\ufffda\ufffd", "a", ["dropped \ufffd"]),
     ("a\n", "a\r\na\ra", "a\na\na", []),
     ("ab", "\udc80", "", ["dropped"]),
+    # Composed and decomposed forms of whole letters, in both directions.
+    ("Vi\u1ec7t", "Vie\u0323\u0302t", "Vi\u1ec7t", ["as \u1ec7"]),
+    ("Vi\u1ec7t", "Vie\u0302\u0323t", "Vi\u1ec7t", ["as \u1ec7"]),
+    ("Vie\u0323\u0302t", "Vi\u1ec7t", "Vie\u0323\u0302t", ["read \u1ec7"]),
+    ("e\u0301", "E\u0301\u00e9\u00c9", "e\u0301" * 3, ["\u00c9 as"]),
+    ("\u1100\u1161\u11a8", "\uac01", "\u1100\u1161\u11a8", ["\uac01 as"]),
+    ("\u30ac", "\u30ab\u3099", "\u30ac", ["as \u30ac"]),
+    ("e", "e\u0323", "e", ["as e"]),
+    ("A", "\uff21\u00e5\u212b", "AAA", ["\uff21 as A"]),
+    ("ss", "\u00df", "", ["dropped \u00df"]),
+    ("ab", "a\tb\n", "ab", [r"dropped \t", r"dropped \n"]),
 ]
 
 
@@ -62,7 +73,7 @@ def test_prompt(known, prompt, text, words):
 
 def unmarked(text: str) -> str:
     """Characters without combining marks, which may become one letter with what is before."""
-    pairs = zip(text, text[1:] + "x", strict=True)
+    pairs = zip(text, (text + "x")[1:], strict=True)
     return "".join(c for c, after in pairs if not combining(c) and not combining(after))
 
 

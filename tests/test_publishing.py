@@ -1,0 +1,188 @@
+"""What is written, and what may never be replaced: other people's files, whatever their place."""
+
+import errno
+import os
+import shutil
+import stat
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import interrupt_at
+from test_faults import CHECKPOINT, MODEL, OPTIONS, at_step, folder, names, stop, weights  # noqa: F401
+
+import anexagpt
+
+RUN = ["train", *OPTIONS]
+
+
+def put(path: Path, content: bytes = b"mine"):
+    """Something that another program does while a run is going on."""
+    return lambda: path.write_bytes(content)
+
+
+def test_model_that_appears_during_the_run(cli):
+    """Catches a file at --out that came after the run began, and is replaced at its end."""
+    with at_step(5, put(MODEL)):
+        result = cli(*RUN)
+    assert result.status == 0 and MODEL.read_bytes() == b"mine"
+    assert "Model saved to model.new.safetensors" in result.err and "NOTE" in result.err
+    assert anexagpt.load("model.new.safetensors").metadata.step == 24
+    assert not CHECKPOINT.exists()
+
+
+@pytest.mark.parametrize("when", [0, 12])
+def test_checkpoint_that_is_somebody_elses(cli, when):
+    """Catches a foreign file at the checkpoint's name that is replaced or deleted: one that comes
+    before the first checkpoint, and one that takes the place of ours."""
+    with at_step(when or 2, put(CHECKPOINT)):
+        result = cli(*RUN, "--checkpoint-interval", 0 if when else 60)
+    assert result.status == 0 and CHECKPOINT.read_bytes() == b"mine"
+    assert anexagpt.load(MODEL).metadata.step == 24
+    with interrupt_at(10):
+        result = cli(*RUN, "--out", "b.safetensors")
+    assert result.status == 130 and "b.safetensors.checkpoint" in result.err
+
+
+def test_backup_that_is_another_runs_output(cli):
+    """Catches a model that --restart promised to keep, replaced by the run whose --out it is."""
+    assert cli(*RUN, "--quiet").status == 0
+    before = MODEL.read_bytes()
+    old = MODEL.with_stem("model.old")
+    with at_step(5, lambda: shutil.copy(MODEL, old)):
+        assert cli(*RUN, "--out", old).status == 0
+    assert old.read_bytes() == before == MODEL.read_bytes()
+    assert MODEL.with_stem("model.old.new").exists()
+
+
+def test_two_names_of_one_file(cli):
+    """Catches a link and its target that hold two locks, and lose one model."""
+    Path("real").mkdir()
+    Path("link.safetensors").symlink_to("real/a.safetensors")
+    results = []
+    with at_step(3, lambda: results.append(cli(*RUN, "--out", "real/a.safetensors"))):
+        assert cli(*RUN, "--out", "link.safetensors").status == 0
+    assert results[0].is_error("another process trains it")
+    assert Path("link.safetensors").is_symlink()
+    assert anexagpt.load("real/a.safetensors").metadata.step == 24
+
+
+def test_links_that_lead_nowhere(cli):
+    """Catches a run to its end whose model has no place: a loop of links, a folder, a long name."""
+    Path("loop.safetensors").symlink_to("loop.safetensors")
+    for out in ("loop.safetensors", "n" * 240 + ".safetensors", "prose.txt/a.safetensors"):
+        result = cli(*RUN, "--out", out)
+        assert result.is_error("--out", "choose another"), out
+
+
+def test_longest_names(cli):
+    """Catches a name that the model can have, but not what is written beside it."""
+    out = "\u6587" * 76 + "ab.safetensors"  # 242 bytes; with .checkpoint 253
+    stop(cli, 10, "--out", out)
+    assert cli(*RUN, "--out", out).status == 0 and Path(out).exists()
+
+
+def test_home_folder(cli, tmp_path, monkeypatch):
+    """Catches --out=~/x, which no shell expands, that makes a folder named ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli(*RUN, "--out=~/x.safetensors").status == 0
+    assert (tmp_path / "home" / "x.safetensors").exists() and not Path("~").exists()
+
+
+MOUNTS = {  # calls that a cloud mount or a container refuses, and the error
+    "chmod": (os, "chmod", errno.EPERM),
+    "fsync": (os, "fsync", errno.EINVAL),
+    "flock": ("fcntl", "flock", errno.ENOLCK),
+    "no locks": ("fcntl", "flock", errno.ENOTSUP),
+}
+
+
+@pytest.mark.parametrize("name", MOUNTS)
+def test_mounts_that_refuse(cli, monkeypatch, name):
+    """Catches a run that is refused, or whose later checkpoints are not saved, on a file system
+    that lacks what is not essential."""
+    owner, function, number = MOUNTS[name]
+    owner = __import__(owner) if isinstance(owner, str) else owner
+    notes = []
+
+    def refuse(*arguments, **options):
+        notes.append(arguments)
+        raise OSError(number, os.strerror(number))
+
+    anexagpt.note_once.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, refuse)
+        stopped = stop(cli, 10, "--checkpoint-interval", 0)
+        finished = cli(*RUN)
+    assert stopped.status == 130 and finished.status == 0, (stopped, finished)
+    assert notes and "not saved" not in stopped.err + finished.err
+    assert (stopped.err + finished.err).count("NOTE: ") == 3  # two for a short text
+    assert anexagpt.load(MODEL).metadata.step == 24
+
+
+def test_mode_bits(cli):
+    """Catches a model that others cannot read although the umask lets them, or the reverse."""
+    before = os.umask(0o022)
+    try:
+        assert cli(*RUN, "--quiet").status == 0
+        assert stat.S_IMODE(MODEL.stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_no_memory_to_save(cli, monkeypatch):
+    """Catches a checkpoint without memory that ends the run, and a rescue that hides a reason."""
+    write = anexagpt.write_tensors
+
+    def fail(path, *arguments):
+        if "checkpoint" in arguments[-1]["format"]:
+            raise MemoryError("no memory")
+        write(path, *arguments)
+
+    monkeypatch.setattr(anexagpt, "write_tensors", fail)
+    result = cli(*RUN, "--checkpoint-interval", 0)
+    assert result.status == 0 and "not saved (no memory); going on" in result.err
+    monkeypatch.setattr(
+        anexagpt, "write_tensors", lambda *_: (_ for _ in ()).throw(MemoryError("x"))
+    )
+    result = cli(*RUN, "--out", "b.safetensors")
+    assert result.status == 2 and "nor in a temporary folder (x)" in result.err
+
+
+def test_equal_runs_give_equal_files(cli):
+    """Catches an order of entries that changes from run to run."""
+    for out in ("a.safetensors", "b.safetensors"):
+        assert cli(*RUN, "--quiet", "--out", out).status == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert weights(Path("a.safetensors"))
+
+
+def test_long_history(cli, monkeypatch):
+    """Catches a history that makes a header which our own reader refuses."""
+    trainer = anexagpt.Trainer(
+        anexagpt.Corpus.from_text(Path("prose.txt").read_text()),
+        anexagpt.GPTConfig(n_layer=1, n_embd=8, n_head=1, block_size=8),
+        anexagpt.TrainConfig(max_steps=10**6),
+    )
+    monkeypatch.setattr(trainer, "validate", lambda: 2.0)
+    for step in range(1, 30_001):
+        trainer.steps_done = step
+        trainer.evaluate()
+    steps = [row.step for row in trainer.history]
+    assert len(steps) <= 10_000 and steps == sorted(set(steps)) and steps[-1] == 30_000
+    assert max(b - a for a, b in pairwise(steps)) <= 16 and steps[0] < 20
+
+
+def test_export_through_a_link(cli):
+    """Catches export --force that writes through a link onto another file, and a GGUF file that is
+    a file of the folder written with it."""
+    assert cli(*RUN, "--quiet", "--eval-interval", 8).status == 0
+    Path("mine.safetensors").write_bytes(b"mine")
+    Path("hf").mkdir()
+    Path("hf/model.safetensors").symlink_to("../mine.safetensors")
+    Path("x.gguf").symlink_to("mine.safetensors")
+    for words in (["hf"], ["new", "--gguf", "x.gguf"]):
+        assert cli("export", *words, "--force").is_error("link")
+    result = cli("export", "other", "--gguf", "other/model.safetensors", "--force")
+    assert result.is_error("is a file of the folder")
+    assert Path("mine.safetensors").read_bytes() == b"mine" and "other" not in str(names())
