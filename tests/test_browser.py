@@ -1,18 +1,27 @@
 """Browser: docs/browser.html in a real Chromium, against transformers, PyTorch and the script."""
 
+import base64
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import unicodedata
+from contextlib import contextmanager
 
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from playwright.sync_api import Error, sync_playwright
+
+import anexagpt
+
+sys.path.insert(0, str(ROOT / "docs"))
+import browser as builder
 
 PAGE = ROOT / "docs" / "browser.html"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -24,20 +33,28 @@ MARKUP = "<img src=x onerror='window.ran=1'><script>window.ran=1</script>"
 
 
 @pytest.fixture(scope="module")
-def browser():
+def chromium():
     with sync_playwright() as playwright:
         options = dict(executable_path=CHROMIUM, args=ARGUMENTS.split())
-        with playwright.chromium.launch(**options) as browser:
-            yield browser
+        with playwright.chromium.launch(**options) as chromium:
+            yield chromium
 
 
-@pytest.fixture(scope="module")
-def tab(browser):
-    with browser.new_page(offline=True) as tab:
+@contextmanager
+def new_tab(chromium, **options):
+    """A tab with a context of its own; it may have no error."""
+    with chromium.new_page(offline=True, **options) as tab:
         tab.set_default_timeout(20_000)
         tab.errors, tab.requests = [], []
         tab.on("pageerror", lambda error: tab.errors.append(error))
         tab.on("request", lambda request: tab.requests.append(request.url))
+        yield tab
+        assert not tab.errors
+
+
+@pytest.fixture(scope="module")
+def tab(chromium):
+    with new_tab(chromium) as tab:
         yield tab
 
 
@@ -46,17 +63,20 @@ def page(tab):
     """The page, just opened. It may have no error and request only itself and its workers."""
     tab.errors.clear()
     tab.requests.clear()
+    tab.emulate_media(color_scheme="light", forced_colors="none")
+    tab.set_viewport_size(dict(width=1280, height=800))
+    tab.goto("about:blank")
     tab.goto(PAGE.as_uri())
     yield tab
     assert not tab.errors
-    assert all(url == PAGE.as_uri() or url.startswith("blob:") for url in tab.requests)
+    assert all(url.startswith(("about:", "blob:", PAGE.as_uri())) for url in tab.requests)
 
 
 def load(page, model, name: str = "model.safetensors") -> None:
     """Open a model, a path or bytes, as the file dialogue does."""
     content = model if isinstance(model, bytes) else model.read_bytes()
     page.set_input_files("#file", dict(name=name, mimeType="", buffer=content))
-    page.wait_for_selector("#workspace:visible, #error:visible")
+    page.wait_for_function("() => mode === 'idle' && !($('workspace').hidden && $('error').hidden)")
 
 
 def write(page, prompt: str, **settings) -> str:
@@ -65,8 +85,23 @@ def write(page, prompt: str, **settings) -> str:
         page.fill(f"#set-{name}", str(value))
     page.fill("#text", prompt)
     page.click("#go")
-    page.wait_for_selector("#go:text-is('Continue')")
+    page.wait_for_function("() => mode === 'idle'")
     return page.input_value("#text")
+
+
+def start_writing(page, **settings) -> None:
+    """Start a text that is long enough for a test to do something meanwhile."""
+    page.fill("#set-max_new", "20000")
+    for name, value in settings.items():
+        page.fill(f"#set-{name}", str(value))
+    page.click("#go")
+    page.wait_for_function("() => text.ids.length > 5")
+
+
+def see(page, view: str) -> str:
+    """Text of a view, when the page has computed and drawn all that it wants to show."""
+    page.check(f"[value={view}]", force=True)
+    return settled(page)
 
 
 def settled(page) -> str:
@@ -92,12 +127,16 @@ def join_file(header, data: bytes = b"") -> bytes:
 
 @pytest.fixture(scope="module")
 def large_logits(tiny):
-    """Network of transformers whose logits reach 15, its characters, and its file by layout."""
+    """Network of transformers whose logits reach 15, its characters, and its file by layout.
+
+    11 channels in a head and an odd vocabulary leave a rest for every kernel.
+    """
     import transformers
 
     metadata = split_file(tiny.read_bytes())[0]["__metadata__"]
     characters = json.loads(metadata["characters"])
-    shape = dict(vocab_size=len(characters), n_layer=3, n_head=2, n_embd=24)
+    characters += "" if len(characters) % 2 else "€"
+    shape = dict(vocab_size=len(characters), n_layer=3, n_head=2, n_embd=22)
     options = dict(activation_function="gelu_new", attn_implementation="eager", bos_token_id=None)
     config = transformers.GPT2Config(n_positions=40, eos_token_id=None, **shape, **options)
     network = transformers.GPT2LMHeadModel(config).eval()
@@ -105,44 +144,108 @@ def large_logits(tiny):
     with torch.no_grad():
         for weight in network.parameters():
             weight.copy_(torch.randn_like(weight) * (0.35 if weight.dim() == 2 else 0.5))
-        network.transformer.wte.weight.mul_(5)
+        network.transformer.wte.weight.mul_(8)
     metadata["config"] = json.dumps(shape | dict(block_size=40, dropout=None))
-    files = {}
-    for layout in ("plain", "exported"):
-        header, data = dict(__metadata__=metadata), b""
-        for name, weight in network.transformer.named_parameters():
-            if layout == "plain" and name.startswith("h."):
-                weight = weight.t()  # transformers keeps (in, out)
-            raw = weight.detach().contiguous().numpy().tobytes()
-            offsets = [len(data), len(data) + len(raw)]
-            name = name if layout == "plain" else f"transformer.{name}"
-            header[name] = dict(dtype="F32", shape=list(weight.shape), data_offsets=offsets)
-            data += raw
-        files[layout] = join_file(header, data)
-    return network, characters, files
+    metadata["characters"] = json.dumps(characters)
+    weights = dict(network.transformer.named_parameters())
+    plain = {n: w.t() if n.startswith("h.") and w.dim() == 2 else w for n, w in weights.items()}
+    wrong = {name: torch.zeros_like(weight) for name, weight in plain.items()}
+    tensors = dict(
+        plain=plain,
+        exported={f"transformer.{name}": weight for name, weight in weights.items()},
+        checkpoint={f"best.{n}": w for n, w in plain.items()}
+        | {f"ema.{n}": w for n, w in wrong.items()}
+        | {f"model.{n}": w for n, w in wrong.items()},
+        young={f"ema.{n}": w for n, w in plain.items()} | dict(loss_sum=torch.zeros(1)),
+    )
+    return network, characters, {name: model_file(metadata, t) for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("layout", ["plain", "exported"])
-def test_logits_surprise_and_attention(page, large_logits, layout):
-    """Catches a wrong network, a transposed matrix, and views of something else."""
+def model_file(metadata: dict, tensors: dict) -> bytes:
+    header, data = dict(__metadata__=metadata), b""
+    for name, weight in tensors.items():
+        raw = weight.detach().contiguous().numpy().tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = dict(dtype="F32", shape=list(weight.shape), data_offsets=offsets)
+        data += raw
+    return join_file(header, data)
+
+
+@pytest.fixture(scope="module")
+def without_simd(chromium, tmp_path_factory):
+    """The page in a tab whose policy forbids WebAssembly."""
+    path = tmp_path_factory.mktemp("policy") / "browser.html"
+    path.write_text(PAGE.read_text(encoding="utf-8").replace(" 'wasm-unsafe-eval'", ""), "utf-8")
+    with new_tab(chromium) as tab:
+        tab.goto(path.as_uri())
+        yield tab
+
+
+LOOK = "(p) => request('look', reading(p))"
+
+
+@pytest.mark.parametrize("layout", ["plain", "exported", "checkpoint", "young", "without SIMD"])
+def test_network(request, page, large_logits, layout):
+    """Catches a wrong network or kernel, other weights of a file, and a wrong look inside it."""
     network, characters, files = large_logits
-    load(page, files[layout])
+    if layout == "without SIMD":
+        page = request.getfixturevalue("without_simd")
+    load(page, files.get(layout, files["plain"]))
+    kind = "plain JavaScript" if layout == "without SIMD" else "WebAssembly with SIMD"
+    assert kind in page.inner_text("#about")
     text = "the dog saw Watson at home, and the"
     page.fill("#text", text)
-    page.check("[value=attention]", force=True)
-    page.select_option("#Layer-choice", index=1)
-    page.select_option("#Head-choice", index=1)
     settled(page)
     ids = torch.tensor([[characters.index(c) for c in text]])
     with torch.no_grad():
-        theirs = network(ids, output_attentions=True)
-    rows = page.evaluate("text.ids.map((_, p) => Array.from(text.rows.get(p + 1)))")
+        theirs = network(ids, output_attentions=True, output_hidden_states=True)
+        states = theirs.hidden_states[:-1]  # of the last one transformers has taken ln_f already
+        lens = [network.lm_head(network.transformer.ln_f(state))[0] for state in states]
+        lens.append(theirs.logits[0])
     assert theirs.logits.abs().max() > 15
-    assert (torch.tensor(rows) - theirs.logits[0]).abs().max() < 1e-4
-    weights = torch.tensor(page.evaluate("Array.from(text.attention.weights)")).view(len(text), -1)
-    assert (weights - theirs.attentions[1][0, 0]).abs().max() < 1e-5
-    losses = theirs.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0] / -0.693147181
-    assert (torch.tensor(page.evaluate("text.bits.slice(1)")) - losses).abs().max() < 1e-4
+    shape = dict(L=3, H=2)
+    for p in (1, 2, 17, len(text)):
+        look = page.evaluate(LOOK, p)
+        assert (torch.tensor(look["logits"]) - theirs.logits[0, p - 1]).abs().max() < 1e-4
+        for ours, expected in zip(look["lens"], lens, strict=True):
+            assert (torch.tensor(ours) - expected[p - 1]).abs().max() < 1e-4
+        heads = torch.tensor(look["heads"]).view(shape["L"], shape["H"], p)
+        expected = torch.stack(theirs.attentions)[:, 0, :, p - 1, :p]
+        assert (heads - expected).abs().max() < 1e-5
+        width = min(p, 32)
+        maps = torch.tensor(look["maps"]).view(shape["L"], shape["H"], width, width)
+        expected = torch.stack(theirs.attentions)[:, 0, :, p - width : p, p - width : p]
+        assert (maps - expected).abs().max() < 1e-5
+
+
+def test_kernels():
+    """Catches kernels in the page that are not those of the readable file."""
+    assert builder.kernels_page() == PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["a", "the dog", "a cat said no. " * 6])
+def test_surprise(page, tiny, text):
+    """Catches another definition: a text is read after one line end, in generation's contexts."""
+    model = anexagpt.load(tiny)
+    characters, T = json.loads(split_file(tiny.read_bytes())[0]["__metadata__"]["characters"]), 16
+    text = "".join(c for c in text if c in characters)
+    ids, expected = torch.tensor([characters.index(c) for c in "\n" + text]), []
+    for n in range(1, len(ids)):
+        half = T // 2
+        start = 0 if n <= T else math.ceil((n - T) / half) * half
+        with torch.no_grad():
+            logits = model.network(ids[None, start:n])[0, -1]
+        expected.append(-logits.double().log_softmax(-1)[ids[n]].item() / math.log(2))
+    load(page, tiny)
+    page.fill("#text", text)
+    shown = see(page, "surprise")
+    assert page.evaluate("text.bits") == pytest.approx(expected, abs=1e-4)
+    assert f"{len(text)} character" in shown and f"{sum(expected):.1f} bits" in shown
+    page.focus("#text")
+    page.keyboard.press("Control+Home")
+    page.keyboard.press("ArrowLeft")  # beyond the first character: it stays there
+    settled(page)
+    assert f"{expected[0]:.1f} bits" in page.inner_text("#detail")
 
 
 def test_greedy_text_equals_the_script(page, tiny):
@@ -202,7 +305,7 @@ def changed(content: bytes, entry: str = "__metadata__", **fields) -> bytes:
     return join_file(header, data)
 
 
-SPOILT = {  # name: what makes it of a good file, and a part of the reason
+SPOILT = {  # name: what makes it of a good file, and a part of the page's reason
     "empty": (lambda f: b"", "too short"),
     "text": (lambda f: b"this is no model at all, but a letter", "impossible length"),
     "random": (lambda f: bytes(torch.randint(256, (5000,)).tolist()), "impossible length"),
@@ -212,11 +315,17 @@ SPOILT = {  # name: what makes it of a good file, and a part of the reason
     "not UTF-8": (lambda f: f[:9] + b"\xff" + f[10:], "header is not JSON"),
     "a list": (lambda f: join_file([1, 2]), "no metadata"),
     "deep": (lambda f: join_file(b"[" * 200_000 + b"]" * 200_000), "metadata"),
-    "checkpoint": (lambda f: changed(f, format="checkpoint"), "checkpoint"),
     "version": (lambda f: changed(f, format_version=MARKUP), "format_version is <img src=x"),
     "history": (lambda f: changed(f, history="[[2, 1, 1], [1, 1, 1]]"), "history is malformed"),
+    "future": (lambda f: changed(f, history="[[151, 1, 1]]"), "history is malformed"),
+    "max_steps": (lambda f: field(f, "training", max_steps=10**8 + 1), "max_steps is out of range"),
+    "init": (lambda f: field(f, "training", init=5), "init is not"),
+    "block_size": (lambda f: field(f, "config", block_size=4097), "block_size is out of range"),
+    "dropout": (lambda f: field(f, "config", dropout=0.95), "dropout is out of range"),
+    "no names": (lambda f: field(f, "data", names=[]), "no name"),
+    "one more tensor": (lambda f: tensor(f, "h.9.ln_1.bias"), "not those of its config"),
     "NaN": (lambda f: changed(f, validation_loss="NaN"), "validation_loss is not JSON"),
-    "no loss": (lambda f: changed(f, validation_loss="null"), "validation_loss is not of"),
+    "loss": (lambda f: changed(f, validation_loss='"1"'), "validation_loss is not of"),
     "sha256": (lambda f: changed(f, data='{"name": "x", "sha256": "0"}'), "no sha256"),
     "config": (lambda f: changed(f, config='{"__proto__": 1}'), "other entries"),
     "order": (lambda f: changed(f, characters='"\\ufffdba"'), "in order"),
@@ -228,15 +337,59 @@ SPOILT = {  # name: what makes it of a good file, and a part of the reason
     "not finite": (lambda f: f[:-4] + struct.pack("<f", float("nan")), "not finite"),
     "overflow": (lambda f: f[:-4] + struct.pack("<f", 1e30), "not finite"),
 }  # fmt: skip
+UNUSUAL = {  # what both open
+    "no loss": lambda f: changed(f, validation_loss="null"),
+    "no history": lambda f: changed(f, history="[]"),
+    "max_steps": lambda f: field(f, "training", max_steps=10**8),
+    "no max_steps": lambda f: changed(f, training="{}"),
+    "one name": lambda f: field(f, "data", name="text.txt"),
+    "dropout": lambda f: field(f, "config", dropout=0.9),
+    "checkpoint": lambda f: changed(renamed(f, "best."), format="checkpoint"),
+    "young checkpoint": lambda f: tensor(renamed(f, "ema."), "loss_sum"),
+}  # fmt: skip
+
+
+def field(content: bytes, of: str, **values) -> bytes:
+    """A model file with other values in one field of its metadata."""
+    old = json.loads(split_file(content)[0]["__metadata__"][of])
+    return changed(content, **{of: json.dumps(old | values)})
+
+
+def tensor(content: bytes, name: str) -> bytes:
+    """A model file with one more tensor, an empty one at its end."""
+    header, data = split_file(content)
+    header[name] = dict(dtype="F32", shape=[0], data_offsets=[len(data), len(data)])
+    return join_file(header, data)
+
+
+def renamed(content: bytes, prefix: str) -> bytes:
+    header, data = split_file(content)
+    metadata = header.pop("__metadata__")
+    tensors = {prefix + name: tensor for name, tensor in header.items()}
+    return join_file(dict(__metadata__=metadata) | tensors, data)
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_files(page, tiny, tmp_path, case):
+    """Catches a file that the script opens and the page refuses."""
+    content = UNUSUAL[case](tiny.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    anexagpt.load(tmp_path / "model.safetensors")
+    load(page, content)
+    assert page.is_visible("#workspace") and not page.is_visible("#error")
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_spoilt_files(page, tiny, case):
-    """Catches a bad file that is opened, breaks the page or its model, or whose markup runs."""
+def test_spoilt_files(page, tiny, tmp_path, case):
+    """Catches a bad file that page or script opens, that breaks the page, or whose markup runs."""
     (spoil, reason), good = SPOILT[case], tiny.read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(spoil(good))
+    with pytest.raises(anexagpt.UserError):
+        anexagpt.load(tmp_path / "model.safetensors")
     occupied = case in ("cut off", "a list")
     if occupied:
         load(page, good)
+        page.fill("#text", "the")
     load(page, spoil(good), f"{MARKUP}\u202e\n.safetensors")
     page.wait_for_selector("#error:visible")
     message = page.inner_text("#error")
@@ -244,7 +397,9 @@ def test_spoilt_files(page, tiny, case):
     assert not re.search("[\n\u202e]", message) and len(message) < 400
     assert page.evaluate("window.ran === undefined && !document.querySelector('#error *, img')")
     assert page.is_visible("#drop") != occupied and page.is_visible("#workspace") == occupied
-    assert not occupied or len(write(page, "the dog")) == 307
+    if occupied:  # the model before it goes on, and an error does not stay
+        assert "in percent" in settled(page)
+        assert len(write(page, "the dog")) == 307 and not page.is_visible("#error")
 
 
 def test_markup_in_a_good_file(page, tiny):
@@ -280,24 +435,418 @@ def test_no_connection(page, tiny):
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|outerHTML *=", source)
 
 
-def test_saved_page(browser, page, tiny, tmp_path):
+def save(page, path):
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "model.html"
+    download.value.save_as(path)
+    return path
+
+
+def test_saved_page(chromium, page, tiny, tmp_path):
     """Catches a saved page that needs the network or another file, or writes another text."""
-
-    def save(opened, name):
-        with opened.expect_download() as download:
-            opened.click("#save")
-        assert download.value.suggested_filename == "model.html"
-        download.value.save_as(tmp_path / name)
-        return tmp_path / name
-
     load(page, tiny)
-    expected, saved = write(page, "the dog", temperature=0), save(page, "friend.html")
-    with browser.new_page(offline=True) as friend:  # in a context of its own
+    expected, saved = write(page, "the dog", temperature=0), save(page, tmp_path / "friend.html")
+    with new_tab(chromium) as friend:
         friend.goto(saved.as_uri())
         friend.wait_for_selector("#workspace:visible")
         assert write(friend, "the dog", temperature=0) == expected
         assert friend.locator("a:visible").count() == 0  # the pages behind them are not there
-        assert save(friend, "again.html").read_bytes() == saved.read_bytes()
+        assert save(friend, tmp_path / "again.html").read_bytes() == saved.read_bytes()
+
+
+def test_saved_page_has_no_secrets(page, tiny, tmp_path):
+    """Catches user, password, query and folders in a file that is meant to be mailed."""
+    names = ["https://ann:secret@example.com/books/a.txt?token=secret#secret", r"C:\secret\b.txt"]
+    content = field(tiny.read_bytes(), "data", names=[*names, "/home/secret/c/"])
+    load(page, field(content, "training", init="/home/secret/d.safetensors"))
+    saved = save(page, tmp_path / "model.html").read_text(encoding="utf-8")
+    inside = base64.b64decode(re.search('<script id="model"[^>]*>([^<]*)<', saved)[1])
+    assert b"secret" not in inside and "secret" not in saved
+    (tmp_path / "model.safetensors").write_bytes(inside)
+    model = anexagpt.load(tmp_path / "model.safetensors")
+    assert model.metadata.data["names"] == ["a.txt", "b.txt", "c"]
+    assert model.metadata.training["init"] == "d.safetensors"
+
+
+def test_large_saved_page(page):
+    """Catches the slow way from base64 to bytes, whose stack a file of 128 MiB breaks."""
+    script = """(n) => {
+        const text = "AAEC/w==".slice(0, 4).repeat(n / 3), start = performance.now();
+        const bytes = fromBase64(text);
+        return [bytes.length, bytes[1], bytes[n - 1], performance.now() - start];
+    }"""
+    length, second, last, milliseconds = page.evaluate(script, 24_000_000)
+    assert (length, second, last) == (24_000_000, 1, 2) and milliseconds < 1_500
+
+
+def test_views_while_it_writes(page, tiny):
+    """Catches views that stand still while the page writes, and tabs that wait for its end."""
+    load(page, tiny)
+    page.select_option("#pace", "20")
+    start_writing(page)
+    for view, words in (("surprise", "bits/char"), ("inside", "MLP adds"), ("next", "percent")):
+        page.check(f"[value={view}]", force=True)
+        page.wait_for_function("(words) => $('view').innerText.includes(words)", arg=words)
+        before = page.inner_text("#view")
+        page.wait_for_function("(old) => $('view').innerText !== old", arg=before)
+        assert page.inner_text("#go") == "Stop"
+    page.wait_for_function(
+        "() => $('view').innerText.includes('points at') && $('view').querySelector('.actual th')"
+        ".innerText === quoted(text.ids.at(-1))"
+    )
+    page.click("#go")
+    page.wait_for_function("() => mode === 'idle'")
+
+
+def test_slow_writing(page, tiny):
+    """Catches a speed that is not kept, and a Stop that waits for the next character."""
+    load(page, tiny)
+    page.select_option("#pace", "20")
+    page.fill("#set-max_new", "10")
+    page.click("#go")
+    page.wait_for_function("() => mode === 'idle'")
+    assert 0.45 < float(page.inner_text("#status").split()[3]) < 2
+    page.select_option("#pace", "2")
+    page.click("#go")
+    page.wait_for_function("() => text.ids.length > 11")
+    stop = "new Promise((done) => { const start = performance.now(); interrupt(); pending.resolve ="
+    stop += " ((old) => () => { old(); done(performance.now() - start); })(pending.resolve); })"
+    assert page.evaluate(stop) < 300
+
+
+def test_undo(page, tiny):
+    """Catches a change by the program that cannot be undone, and an undo that loses the text."""
+    load(page, tiny)
+    box, states = page.locator("#text"), [""]
+    box.press_sequentially("the dog")
+    states.append(box.input_value())
+    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Control+Enter")  # while it writes: nothing
+    page.wait_for_function("() => mode === 'idle'")
+    states.append(box.input_value())
+    page.click("#again")
+    page.wait_for_function("() => mode === 'idle'")
+    states.append(box.input_value())
+    assert states[-1] != states[-2] and states[-1].startswith("the dog") and len(states[-1]) == 307
+    page.click("#clear")
+    states.append("")
+    page.click("#step")
+    page.wait_for_function("() => mode === 'idle' && text.ids.length === 2")
+    for state in reversed(states):
+        box.press("Control+z")
+        assert box.input_value() == state
+    for state in states[1:]:
+        box.press("Control+y")
+        assert box.input_value() == state
+    page.click("#undo")
+    assert box.input_value() == states[-2]
+
+
+def test_paste_and_drop(page, tiny):
+    """Catches a picture that is opened as a model, and a text that is swallowed."""
+    load(page, tiny)
+    script = """([type, text, name]) => {
+        const data = new DataTransfer();
+        if (text) data.setData("text/plain", text);
+        if (name) data.items.add(new File(["x"], name));
+        const options = { cancelable: true, dataTransfer: data, clipboardData: data };
+        options.bubbles = true;
+        const Event = type === "paste" ? ClipboardEvent : DragEvent;
+        return $("text").dispatchEvent(new Event(type, options)); // false: the page has taken it
+    }"""
+    assert page.evaluate(script, ["paste", "some words", "picture.png"])
+    assert page.evaluate(script, ["dragover", "some words", None])
+    assert page.evaluate(script, ["drop", "some words", None])
+    assert not page.is_visible("#error")
+    assert not page.evaluate(script, ["drop", None, "model.safetensors"])
+    page.wait_for_selector("#error:visible")
+
+
+def test_no_highlights(chromium, tiny):
+    """Catches views that are empty where only the colours are lacking."""
+    with new_tab(chromium) as tab:
+        tab.add_init_script("delete CSS.highlights; delete globalThis.Highlight")
+        tab.goto(PAGE.as_uri())
+        load(tab, tiny)
+        tab.fill("#text", "the dog")
+        for view, words in (("next", "percent"), ("surprise", "bits/char"), ("inside", "head 1")):
+            assert words in see(tab, view)
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        "class { constructor() { throw Error() } }",
+        "class extends Worker { constructor() { super('data:,') } }",
+    ],
+)
+def test_no_worker(chromium, worker):
+    """Catches a page that says nothing where no thread can be started."""
+    with new_tab(chromium) as tab:
+        tab.add_init_script(f"Worker = {worker}")
+        tab.goto(PAGE.as_uri())
+        tab.wait_for_selector("#error:visible")
+        assert "Worker" in tab.inner_text("#error")
+
+
+def test_number_boxes(page, tiny):
+    """Catches arrow keys that leave the usual range, and nonsense that is taken as the default."""
+    load(page, tiny)
+    page.focus("#set-temperature")
+    page.keyboard.press("ArrowUp")
+    page.focus("#set-min_p")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("[cfg.temperature, cfg.min_p]") == [0.75, 0.01]
+    page.fill("#set-temperature", "")
+    page.keyboard.type("1.2.3e-")
+    assert "must be a number from 0 to 100" in page.inner_text("#status")
+    assert page.get_attribute("#set-temperature", "aria-invalid") == "true"
+
+
+def test_five_settings(page, tiny):
+    """Catches bars that are too short to compare."""
+    load(page, tiny)
+    for name, value in ALL.items():
+        page.fill(f"#set-{name}", str(value))
+    page.fill("#text", "the dog ")
+    settled(page)
+    script = "Array.from(document.querySelectorAll('.bar'), (bar) => bar.offsetWidth)"
+    widths = page.evaluate(script)
+    assert len(widths) > 10 and max(widths) > 40
+
+
+def test_phone(page, tiny):
+    """Catches a slider whose effect is on another screen, and an invitation to drop a file."""
+    page.set_viewport_size(dict(width=360, height=740))
+    load(page, tiny)
+    page.fill("#text", "the dog ")
+    settled(page)
+    top = page.evaluate("document.querySelector('[type=range]').getBoundingClientRect().top")
+    bottom = page.evaluate("document.querySelector('#view table').getBoundingClientRect().bottom")
+    assert bottom - top < 740
+
+
+def test_touch(chromium):
+    """Catches an invitation to drop a file where there is no mouse."""
+    with new_tab(chromium, has_touch=True, is_mobile=True) as tab:
+        tab.goto(PAGE.as_uri())
+        assert "drop" not in tab.inner_text("body").lower() and tab.is_visible("#choose")
+
+
+def test_tabs_do_not_jump(page, tiny):
+    """Catches tabs that move when another one is chosen."""
+    load(page, tiny)
+    places = []
+    for view in ("next", "surprise", "inside"):
+        see(page, view)
+        places.append([label.bounding_box() for label in page.locator(".tabs label").all()])
+    assert places[0] == places[1] == places[2]
+
+
+def test_colours(page, tiny):
+    """Catches tints that are hard to see, or make the text hard to read (WCAG: 4.5)."""
+    load(page, tiny)
+    page.fill("#text", "the dog")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for view in ("surprise", "inside"):
+            see(page, view)
+            names = ["card", *(f"tint-{n}" for n in (1, 2, 3, 4)), "ink"]
+            card, weak, *_, strong, ink = (luminance(page, name) for name in names)
+            assert contrast(strong, ink) > 4.5 and contrast(weak, card) > 1.22, (scheme, view)
+
+
+def colour(page, name: str) -> list[int]:
+    """Red, green and blue of one of the page's colours."""
+    script = """(name) => {
+        const probe = $("paper").appendChild(document.createElement("i"));
+        probe.style.color = `var(--${name})`;
+        const colour = getComputedStyle(probe).color;
+        probe.remove();
+        return colour;
+    }"""
+    return [int(n) for n in re.findall(r"\d+", page.evaluate(script, name))[:3]]
+
+
+def luminance(page, name: str) -> float:
+    parts = [n / 255 for n in colour(page, name)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: float, b: float) -> float:
+    return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+def test_forced_colours(page, tiny):
+    """Catches bars that are not there, and tabs that all look selected, in high contrast."""
+    load(page, tiny)
+    page.fill("#text", "the dog")
+    page.emulate_media(forced_colors="active")
+    settled(page)
+    style = "(node, name) => getComputedStyle(node)[name]"
+    bar = page.locator(".bar").first.evaluate(style, "backgroundColor")
+    assert bar != page.locator("body").evaluate(style, "backgroundColor")
+    colours = [t.evaluate(style, "borderBottomColor") for t in page.locator(".tabs label").all()]
+    assert colours[0] != colours[1] == colours[2]
+
+
+def test_hover(page, tiny):
+    """Catches a character under the pointer about which the page says nothing, or another one."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw")
+    settled(page)
+    box = page.evaluate("""() => {
+        const range = document.createRange();
+        range.setStart(mirror, 8);
+        range.setEnd(mirror, 9);
+        return range.getBoundingClientRect().toJSON();
+    }""")
+    for part in (0.2, 0.8):
+        page.mouse.move(box["x"] + part * box["width"], box["y"] + box["height"] / 2)
+        page.wait_for_function("() => look?.p === 8")
+        settled(page)
+        detail = page.inner_text("#detail")
+        bits = page.evaluate("-Math.log2(softmax(look.logits)[text.ids[8]])")
+        assert "After 'the dog '" in detail and "'s' had" in detail and f"{bits:.1f} bits" in detail
+        assert "look at" in detail and detail.count("%") >= 9
+        page.mouse.move(5, 5)
+        page.wait_for_function("() => look?.p === 11")
+
+
+def test_most_telling_head(page, large_logits):
+    """Catches a click that enlarges another head, and letters that are not those of the text."""
+    _, _, files = large_logits
+    load(page, files["plain"])
+    page.fill("#text", "the dog saw Watson at home, and the")
+    assert "Block" in see(page, "inside")
+    first = page.evaluate("head")
+    scores = page.evaluate("""() => {
+        const { maps, width } = look, scores = [];
+        for (let i = 0; i < maps.length; i += width * width) {
+            let score = 0;
+            for (let row = 0; row < width; row++)
+                for (let column = 1; column < row - 3; column++)
+                    score += maps[i + row * width + column] ** 2;
+            scores.push(score);
+        }
+        return scores;
+    }""")
+    assert len(scores) == 6 and first == scores.index(max(scores))
+    other = (first + 1) % 6
+    page.locator(".map").nth(other).click()
+    assert f"Block {other // 2 + 1}, head {other % 2 + 1}: " in see(page, "inside")
+    assert page.evaluate("document.activeElement.id") == f"head-{other}"
+    map_ = page.locator("#head-map")  # the map has the last 32 of 35 characters
+    box = map_.bounding_box()
+    map_.click(position=dict(x=box["width"] / 2, y=box["height"] * (1.5 + 10.5) / 33.5))
+    assert page.evaluate("caretPlace()") == 35 - 32 + 11
+
+
+def test_share(chromium, page, tiny, tmp_path):
+    """Catches a line that does not write the same text, a lost seed, and an empty picture."""
+    load(page, tiny)
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.line = text }; 0")
+    written = write(page, "the dog & a cat#", temperature=1.1, top_k=9, max_new=50)
+    prompt = page.evaluate("run.prompt")
+    page.click("#link")
+    line = page.evaluate("line")
+    assert line.startswith("browser.html#prompt=the+dog") and "seed=" in line
+    assert prompt != written and "secret" not in line
+    page.click("#keep")
+    assert page.input_value("#set-seed") == str(page.evaluate("run.seed"))
+    page.click("#again")
+    page.wait_for_function("() => mode === 'idle'")
+    assert page.input_value("#text") == written
+    page.evaluate("navigator.clipboard.write = () => Promise.reject(); 0")
+    see(page, "surprise")
+    with page.expect_download() as download:
+        page.click("#picture")
+    picture = download.value.path().read_bytes()
+    assert download.value.suggested_filename == "anexa.png" and picture[:4] == b"\x89PNG"
+    colours = page.evaluate(
+        """async (base64) => {
+            const bitmap = await createImageBitmap(new Blob([fromBase64(base64)]));
+            const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+            const context = canvas.getContext("2d");
+            context.drawImage(bitmap, 0, 0);
+            const { data } = context.getImageData(0, 0, bitmap.width, bitmap.height), counts = {};
+            for (let i = 0; i < data.length; i += 4) {
+                const name = data.subarray(i, i + 3).join();
+                counts[name] = (counts[name] ?? 0) + 1;
+            }
+            return counts;
+        }""",
+        base64.b64encode(picture).decode(),
+    )
+    script = "[1, 2, 3, 4].filter((n) => text.ids.some((_, p) => levels()(p) === n))"
+    tints = [colour(page, f"tint-{n}") for n in page.evaluate(script)]
+    assert len(tints) > 1 and all(colours.get(",".join(map(str, tint)), 0) > 200 for tint in tints)
+    with new_tab(chromium) as friend:
+        friend.goto(PAGE.as_uri() + line.removeprefix("browser.html"))
+        load(friend, tiny)
+        friend.wait_for_function("() => mode === 'idle' && text?.ids.length > 5")
+        assert friend.input_value("#text") == written
+        friend.click("#clear")
+        friend.evaluate(
+            """(line) => {
+                const clipboardData = new DataTransfer();
+                clipboardData.setData("text/plain", line);
+                const options = { bubbles: true, cancelable: true, clipboardData };
+                $("text").dispatchEvent(new ClipboardEvent("paste", options));
+            }""",
+            line,
+        )
+        friend.wait_for_function("() => mode === 'idle' && text?.ids.length > 5")
+        assert friend.input_value("#text") == written
+
+
+def test_paste_of_a_long_text(page, tiny):
+    """Catches work for views that nobody looks at."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw a cat. " * 1_000)
+    settled(page)
+    assert page.evaluate("text.top.filter(Boolean).length") == 0
+    page.check("[value=surprise]", force=True)
+    page.wait_for_function("() => text.top.filter(Boolean).length > 0")
+
+
+def test_demonstration(chromium, tiny):
+    """Catches a demonstration that does not write by itself."""
+    with new_tab(chromium) as tab:
+        path = tiny.with_name("demo.html")
+        public = field(tiny.read_bytes(), "data", names=["sherlock"])
+        path.write_text(builder.demo_page(public), encoding="utf-8")
+        tab.goto(path.as_uri())
+        tab.wait_for_function("() => mode === 'writing' && text.ids.length > 20")
+        assert tab.is_checked("[value=surprise]")
+
+
+PROMPTS = [  # characters of the model, prompt, what becomes of it, and the notice
+    ("Vitệ", "Vie\u0323\u0302t", "Việt", ""),  # decomposed: composed
+    ("Vite\u0302\u0323", "Vi\u1ec7t", "Vie\u0323\u0302t", ""),  # composed: decomposed
+    ("각", "\u1100\u1161\u11a8", "각", ""),
+    ("fi1", "ﬁ①", "fi1", "read ﬁ as fi, read ① as 1"),
+    ("a'\"-", "“a”’–", '"a"\'-', 'read “ as ", read ” as ", read ’ as \', read – as -'),
+    ("ae", "áe\u0301", "ae", "read á as a, read e\u0301 as e"),
+    ("ab", "AB", "ab", "read A as a, read B as b"),
+    ("áA", "Áa", "AA", "read Á as A, read a as A"),
+    ("á", "Á", "á", "read Á as á"),
+    ("ab", "a\tb☃\u0301\r\n", "ab", r"dropped \t, dropped ☃\u0301, dropped \n"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(PROMPTS)))
+def test_prompts(page, case):
+    """Catches letters that are lost though the model knows them, and losses that are not named."""
+    characters, prompt, expected, notice = PROMPTS[case]
+    known = "\ufffd" + "".join(sorted(set(characters)))
+    script = "([known, prompt]) => new Tokenizer(known).normalizePrompt(prompt)"
+    result = page.evaluate(script, [known, prompt])
+    assert result == dict(text=expected, notice=notice)
+    if not notice:
+        assert unicodedata.normalize("NFC", prompt) == unicodedata.normalize("NFC", expected)
 
 
 def test_keyboard_alone(page, tiny):
@@ -305,19 +854,26 @@ def test_keyboard_alone(page, tiny):
     load(page, tiny)
     page.keyboard.type("the dog")  # the text has the focus
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("#go:text-is('Continue')")
+    page.wait_for_function("() => mode === 'idle'")
     for _ in range(4):
         page.keyboard.press("ArrowLeft")
     assert "in percent" in settled(page) and page.evaluate("caretPlace()") == 303
     while page.evaluate("document.activeElement.type") != "radio":
         page.keyboard.press("Tab")
-    for word in ("bits/char", "attends most to", "random number"):
+    for word in ("bits/char", "MLP adds"):
         page.keyboard.press("ArrowRight")
         assert word in settled(page)
-    page.keyboard.press("Tab")  # the link
+    head = page.evaluate("head")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("head") == (head + 1) % 2
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowRight")  # from the last view to the first
+    assert "percent" in settled(page)
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    assert "points at" in settled(page) and page.evaluate("text.ids.length") == 308
+    page.wait_for_function("() => text.ids.length === 308 && mode === 'idle'")
+    assert "points at" in settled(page)
 
 
 def test_controls_and_stop(page, tiny):
@@ -334,7 +890,7 @@ def test_controls_and_stop(page, tiny):
     left = [t for t in page.locator("#view td:last-child").all_inner_texts() if t != "–"]
     assert len(left) == 2 and sum(map(float, left)) == pytest.approx(100, abs=0.2)
     page.fill("#set-top_p", "1.5")
-    assert "top-p 1.5: must be from 0 to 1" in page.inner_text("#status")
+    assert "top-p 1.5: must be a number from 0 to 1" in page.inner_text("#status")
     assert page.evaluate("cfg.top_p") == 1
     page.fill("#set-max_new", "20000")
     page.evaluate(
@@ -344,7 +900,7 @@ def test_controls_and_stop(page, tiny):
         setTimeout(() => document.querySelector("#text").dispatchEvent(escape), 50)
         }"""
     )
-    page.wait_for_selector("#go:text-is('Continue')")
+    page.wait_for_function("() => mode === 'idle'")
     assert len(page.input_value("#text")) < 20_000
 
 
@@ -364,9 +920,8 @@ def test_accessibility(page, tiny, scheme):
     load(page, tiny)
     page.wait_for_selector("#workspace:visible")
     write(page, "the dog")
-    for view in ("next", "surprise", "attention", "step"):
-        page.check(f"[value={view}]", force=True)
-        settled(page)
+    for view in ("next", "surprise", "inside"):
+        see(page, view)
         check()
 
 
@@ -377,4 +932,4 @@ def test_links():
         text = (PAGE.parent / name).read_text(encoding="utf-8")
         headings = re.findall(r"(?m)^#+ (.+)$", text)
         assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
-    assert len(links) == 4
+    assert len(links) == 3
