@@ -13,15 +13,24 @@
     (local.set $row1 (i32.add (local.get $row0) (local.get $stride)))
     (local.set $row2 (i32.add (local.get $row1) (local.get $stride)))
     (local.set $row3 (i32.add (local.get $row2) (local.get $stride)))
-    (local.set $end (i32.add (local.get $x) (i32.shl (i32.and (local.get $n) (i32.const -4)) (i32.const 2))))
+    (local.set $end
+        (i32.add (local.get $x) (i32.shl (i32.and (local.get $n) (i32.const -4)) (i32.const 2))))
     (block $done
       (loop $next
         (br_if $done (i32.ge_u (local.get $x) (local.get $end)))
         (local.set $four (v128.load (local.get $x)))
-        (local.set $sum0 (f32x4.add (local.get $sum0) (f32x4.mul (local.get $four) (v128.load (local.get $row0)))))
-        (local.set $sum1 (f32x4.add (local.get $sum1) (f32x4.mul (local.get $four) (v128.load (local.get $row1)))))
-        (local.set $sum2 (f32x4.add (local.get $sum2) (f32x4.mul (local.get $four) (v128.load (local.get $row2)))))
-        (local.set $sum3 (f32x4.add (local.get $sum3) (f32x4.mul (local.get $four) (v128.load (local.get $row3)))))
+        (local.set $sum0
+            (f32x4.add (local.get $sum0)
+            (f32x4.mul (local.get $four) (v128.load (local.get $row0)))))
+        (local.set $sum1
+            (f32x4.add (local.get $sum1)
+            (f32x4.mul (local.get $four) (v128.load (local.get $row1)))))
+        (local.set $sum2
+            (f32x4.add (local.get $sum2)
+            (f32x4.mul (local.get $four) (v128.load (local.get $row2)))))
+        (local.set $sum3
+            (f32x4.add (local.get $sum3)
+            (f32x4.mul (local.get $four) (v128.load (local.get $row3)))))
         (local.set $x (i32.add (local.get $x) (i32.const 16)))
         (local.set $row0 (i32.add (local.get $row0) (i32.const 16)))
         (local.set $row1 (i32.add (local.get $row1) (i32.const 16)))
@@ -43,10 +52,12 @@
       (i8x16.shuffle 8 9 10 11 24 25 26 27 12 13 14 15 28 29 30 31 (local.get $c) (local.get $d))))
     (f32x4.add
       (i8x16.shuffle 0 1 2 3 4 5 6 7 16 17 18 19 20 21 22 23 (local.get $ab) (local.get $cd))
-      (i8x16.shuffle 8 9 10 11 12 13 14 15 24 25 26 27 28 29 30 31 (local.get $ab) (local.get $cd))))
+      (i8x16.shuffle 8 9 10 11 12 13 14 15 24 25 26 27 28 29 30 31 (local.get $ab)
+          (local.get $cd))))
 
   ;; Sums, plus the last n products of x with four rows: those beyond a multiple of four.
-  (func $tail (param $sums v128) (param $x i32) (param $row0 i32) (param $row1 i32) (param $row2 i32)
+  (func $tail (param $sums v128) (param $x i32) (param $row0 i32) (param $row1 i32)
+      (param $row2 i32)
       (param $row3 i32) (param $n i32) (result v128)
     (local $column v128)
     (block $done
@@ -77,24 +88,33 @@
     (local.set $row1 (i32.add (local.get $row0) (local.get $stride)))
     (local.set $row2 (i32.add (local.get $row1) (local.get $stride)))
     (local.set $row3 (i32.add (local.get $row2) (local.get $stride)))
-    (local.set $end (i32.add (local.get $x0) (i32.shl (i32.and (local.get $n) (i32.const -4)) (i32.const 2))))
+    (local.set $end
+        (i32.add (local.get $x0) (i32.shl (i32.and (local.get $n) (i32.const -4)) (i32.const 2))))
     (block $done
       (loop $next
         (br_if $done (i32.ge_u (local.get $x0) (local.get $end)))
         (local.set $four0 (v128.load (local.get $x0)))
         (local.set $four1 (v128.load (local.get $x1)))
         (local.set $weights (v128.load (local.get $row0)))
-        (local.set $a0 (f32x4.add (local.get $a0) (f32x4.mul (local.get $four0) (local.get $weights))))
-        (local.set $b0 (f32x4.add (local.get $b0) (f32x4.mul (local.get $four1) (local.get $weights))))
+        (local.set $a0
+            (f32x4.add (local.get $a0) (f32x4.mul (local.get $four0) (local.get $weights))))
+        (local.set $b0
+            (f32x4.add (local.get $b0) (f32x4.mul (local.get $four1) (local.get $weights))))
         (local.set $weights (v128.load (local.get $row1)))
-        (local.set $a1 (f32x4.add (local.get $a1) (f32x4.mul (local.get $four0) (local.get $weights))))
-        (local.set $b1 (f32x4.add (local.get $b1) (f32x4.mul (local.get $four1) (local.get $weights))))
+        (local.set $a1
+            (f32x4.add (local.get $a1) (f32x4.mul (local.get $four0) (local.get $weights))))
+        (local.set $b1
+            (f32x4.add (local.get $b1) (f32x4.mul (local.get $four1) (local.get $weights))))
         (local.set $weights (v128.load (local.get $row2)))
-        (local.set $a2 (f32x4.add (local.get $a2) (f32x4.mul (local.get $four0) (local.get $weights))))
-        (local.set $b2 (f32x4.add (local.get $b2) (f32x4.mul (local.get $four1) (local.get $weights))))
+        (local.set $a2
+            (f32x4.add (local.get $a2) (f32x4.mul (local.get $four0) (local.get $weights))))
+        (local.set $b2
+            (f32x4.add (local.get $b2) (f32x4.mul (local.get $four1) (local.get $weights))))
         (local.set $weights (v128.load (local.get $row3)))
-        (local.set $a3 (f32x4.add (local.get $a3) (f32x4.mul (local.get $four0) (local.get $weights))))
-        (local.set $b3 (f32x4.add (local.get $b3) (f32x4.mul (local.get $four1) (local.get $weights))))
+        (local.set $a3
+            (f32x4.add (local.get $a3) (f32x4.mul (local.get $four0) (local.get $weights))))
+        (local.set $b3
+            (f32x4.add (local.get $b3) (f32x4.mul (local.get $four1) (local.get $weights))))
         (local.set $x0 (i32.add (local.get $x0) (i32.const 16)))
         (local.set $x1 (i32.add (local.get $x1) (i32.const 16)))
         (local.set $row0 (i32.add (local.get $row0) (i32.const 16)))
@@ -104,16 +124,20 @@
         (br $next)))
     (local.set $rest (i32.and (local.get $n) (i32.const 3)))
     (call $tail (call $sum4 (local.get $a0) (local.get $a1) (local.get $a2) (local.get $a3))
-      (local.get $x0) (local.get $row0) (local.get $row1) (local.get $row2) (local.get $row3) (local.get $rest))
+      (local.get $x0) (local.get $row0) (local.get $row1) (local.get $row2) (local.get $row3)
+          (local.get $rest))
     (call $tail (call $sum4 (local.get $b0) (local.get $b1) (local.get $b2) (local.get $b3))
-      (local.get $x1) (local.get $row0) (local.get $row1) (local.get $row2) (local.get $row3) (local.get $rest)))
+      (local.get $x1) (local.get $row0) (local.get $row1) (local.get $row2) (local.get $row3)
+          (local.get $rest)))
 
   ;; out (T, nOut) = x (T, nIn) times weight (nOut, nIn) transposed, plus bias (nOut).
   ;; Four rows of the weight at a time, for all positions; the last four may overlap others.
   (func (export "linear") (param $x i32) (param $weight i32) (param $bias i32) (param $out i32)
       (param $T i32) (param $nIn i32) (param $nOut i32)
-    (local $o i32) (local $t i32) (local $last i32) (local $rows i32) (local $xt i32) (local $to i32)
-    (local $stride i32) (local $width i32) (local $biases v128) (local $first v128) (local $second v128)
+    (local $o i32) (local $t i32) (local $last i32) (local $rows i32) (local $xt i32)
+        (local $to i32)
+    (local $stride i32) (local $width i32) (local $biases v128) (local $first v128)
+        (local $second v128)
     (local.set $stride (i32.shl (local.get $nIn) (i32.const 2)))
     (local.set $width (i32.shl (local.get $nOut) (i32.const 2)))
     (local.set $last (i32.sub (local.get $nOut) (i32.const 4)))
@@ -121,14 +145,16 @@
       (if (i32.gt_s (local.get $o) (local.get $last)) (then (local.set $o (local.get $last))))
       (if (i32.lt_s (local.get $o) (i32.const 0)) (then (local.set $o (i32.const 0))))
       (local.set $rows (i32.add (local.get $weight) (i32.mul (local.get $o) (local.get $stride))))
-      (local.set $biases (v128.load (i32.add (local.get $bias) (i32.shl (local.get $o) (i32.const 2)))))
+      (local.set $biases
+          (v128.load (i32.add (local.get $bias) (i32.shl (local.get $o) (i32.const 2)))))
       (local.set $to (i32.add (local.get $out) (i32.shl (local.get $o) (i32.const 2))))
       (local.set $xt (local.get $x))
       (local.set $t (i32.const 0))
       (block $done
         (loop $nextPositions
           (br_if $done (i32.gt_s (i32.add (local.get $t) (i32.const 2)) (local.get $T)))
-          (call $dot4x2 (local.get $xt) (i32.add (local.get $xt) (local.get $stride)) (local.get $rows)
+          (call $dot4x2 (local.get $xt) (i32.add (local.get $xt) (local.get $stride))
+              (local.get $rows)
             (local.get $stride) (local.get $nIn))
           (local.set $second)
           (local.set $first)
@@ -156,7 +182,8 @@
       (v128.const f32x4 0.693359375 0.693359375 0.693359375 0.693359375))))
     (local.set $x (f32x4.add (local.get $x) (f32x4.mul (local.get $n)
       (v128.const f32x4 2.12194440e-4 2.12194440e-4 2.12194440e-4 2.12194440e-4))))
-    (local.set $y (v128.const f32x4 1.9875691500e-4 1.9875691500e-4 1.9875691500e-4 1.9875691500e-4))
+    (local.set $y
+        (v128.const f32x4 1.9875691500e-4 1.9875691500e-4 1.9875691500e-4 1.9875691500e-4))
     (local.set $y (f32x4.add (f32x4.mul (local.get $y) (local.get $x))
       (v128.const f32x4 1.3981999507e-3 1.3981999507e-3 1.3981999507e-3 1.3981999507e-3)))
     (local.set $y (f32x4.add (f32x4.mul (local.get $y) (local.get $x))
@@ -182,7 +209,8 @@
       (v128.store (local.get $x) (f32x4.div (local.get $four) (f32x4.add (v128.const f32x4 1 1 1 1)
         (call $exp (f32x4.mul (f32x4.mul (local.get $four)
             (v128.const f32x4 -1.5957691216 -1.5957691216 -1.5957691216 -1.5957691216))
-          (f32x4.add (v128.const f32x4 1 1 1 1) (f32x4.mul (f32x4.mul (local.get $four) (local.get $four))
+          (f32x4.add (v128.const f32x4 1 1 1 1)
+              (f32x4.mul (f32x4.mul (local.get $four) (local.get $four))
             (v128.const f32x4 0.044715 0.044715 0.044715 0.044715))))))))
       (local.set $x (i32.add (local.get $x) (i32.const 16)))
       (br_if $next (i32.lt_u (local.get $x) (local.get $end)))))
@@ -192,7 +220,8 @@
   ;; Weights: scores (H, room), room >= n rounded up to a multiple of four. Mix: out (H * D).
   (func (export "attention") (param $q i32) (param $keys i32) (param $scores i32) (param $out i32)
       (param $n i32) (param $H i32) (param $D i32) (param $room i32)
-    (local $stride i32) (local $values i32) (local $h i32) (local $s i32) (local $at i32) (local $end i32)
+    (local $stride i32) (local $values i32) (local $h i32) (local $s i32) (local $at i32)
+        (local $end i32)
     (local $max v128) (local $sum v128) (local $scale v128) (local $four v128) (local $width i32)
     (local.set $width (i32.shl (local.get $D) (i32.const 2)))
     (local.set $stride (i32.mul (i32.mul (local.get $width) (local.get $H)) (i32.const 3)))
@@ -201,7 +230,8 @@
       (local.set $end (i32.add (local.get $scores) (i32.shl (local.get $n) (i32.const 2))))
 
       ;; scores = q k / sqrt(D); -infinity beyond the n-th
-      (local.set $scale (f32x4.splat (f32.div (f32.const 1) (f32.sqrt (f32.convert_i32_u (local.get $D))))))
+      (local.set $scale
+          (f32x4.splat (f32.div (f32.const 1) (f32.sqrt (f32.convert_i32_u (local.get $D))))))
       (local.set $at (local.get $scores))
       (local.set $s (local.get $keys))
       (loop $next
@@ -231,7 +261,8 @@
         (local.set $sum (f32x4.add (local.get $sum) (local.get $four)))
         (local.set $at (i32.add (local.get $at) (i32.const 16)))
         (br_if $next (i32.lt_u (local.get $at) (local.get $end))))
-      (local.set $sum (call $sum4 (local.get $sum) (local.get $sum) (local.get $sum) (local.get $sum)))
+      (local.set $sum
+          (call $sum4 (local.get $sum) (local.get $sum) (local.get $sum) (local.get $sum)))
       (local.set $at (local.get $scores))
       (loop $next
         (v128.store (local.get $at) (f32x4.div (v128.load (local.get $at)) (local.get $sum)))
@@ -250,9 +281,11 @@
       (br_if $nextHead (i32.lt_u (local.get $h) (local.get $H)))))
 
   ;; out (D) = sum of the rows of values, each times its weight; four rows at a time.
-  (func $mix (param $weight i32) (param $end i32) (param $row0 i32) (param $stride i32) (param $out i32)
+  (func $mix (param $weight i32) (param $end i32) (param $row0 i32) (param $stride i32)
+      (param $out i32)
       (param $D i32)
-    (local $row1 i32) (local $row2 i32) (local $row3 i32) (local $i i32) (local $whole i32) (local $size i32)
+    (local $row1 i32) (local $row2 i32) (local $row3 i32) (local $i i32) (local $whole i32)
+        (local $size i32)
     (local $w0 v128) (local $w1 v128) (local $w2 v128) (local $w3 v128)
     (local.set $size (i32.shl (local.get $D) (i32.const 2)))
     (local.set $whole (i32.and (local.get $size) (i32.const -16)))
@@ -276,7 +309,8 @@
                 (f32x4.mul (local.get $w1) (v128.load (i32.add (local.get $row1) (local.get $i)))))
               (f32x4.add
                 (f32x4.mul (local.get $w2) (v128.load (i32.add (local.get $row2) (local.get $i))))
-                (f32x4.mul (local.get $w3) (v128.load (i32.add (local.get $row3) (local.get $i))))))))
+                (f32x4.mul (local.get $w3)
+                    (v128.load (i32.add (local.get $row3) (local.get $i))))))))
           (local.set $i (i32.add (local.get $i) (i32.const 16)))
           (br $next)))
       (block $done ;; channels beyond a multiple of four, one by one: the next belong to others
@@ -285,11 +319,15 @@
           (v128.store32_lane 0 (i32.add (local.get $out) (local.get $i)) (f32x4.add
             (v128.load32_zero (i32.add (local.get $out) (local.get $i))) (f32x4.add
               (f32x4.add
-                (f32x4.mul (local.get $w0) (v128.load32_zero (i32.add (local.get $row0) (local.get $i))))
-                (f32x4.mul (local.get $w1) (v128.load32_zero (i32.add (local.get $row1) (local.get $i)))))
+                (f32x4.mul (local.get $w0)
+                    (v128.load32_zero (i32.add (local.get $row0) (local.get $i))))
+                (f32x4.mul (local.get $w1)
+                    (v128.load32_zero (i32.add (local.get $row1) (local.get $i)))))
               (f32x4.add
-                (f32x4.mul (local.get $w2) (v128.load32_zero (i32.add (local.get $row2) (local.get $i))))
-                (f32x4.mul (local.get $w3) (v128.load32_zero (i32.add (local.get $row3) (local.get $i))))))))
+                (f32x4.mul (local.get $w2)
+                    (v128.load32_zero (i32.add (local.get $row2) (local.get $i))))
+                (f32x4.mul (local.get $w3)
+                    (v128.load32_zero (i32.add (local.get $row3) (local.get $i))))))))
           (local.set $i (i32.add (local.get $i) (i32.const 4)))
           (br $next)))
       (local.set $row0 (i32.add (local.get $row3) (local.get $stride)))

@@ -1,10 +1,10 @@
 """The model in a web page: characters a second in Chromium and in the script, delay of clicks.
 
-    python tests/benchmarks/browser.py --model model.safetensors
+    python tests/benchmarks/browser.py --model model.safetensors --against old.html
 
-The page and the script take turns. Each round continues an empty prompt. The delay is that from a
-click to the next frame that is drawn, while text is written: clicks go in turn to the views and to
-a place in the text.
+The page, the script and perhaps an older page take turns. Each round continues an empty prompt. The
+delay is that from a click to the next frame that is drawn, while text is written: clicks go in turn
+to the views, which change what is drawn, and to a place in the text.
 """
 
 from __future__ import annotations
@@ -19,75 +19,45 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
 
 import anexagpt
 
 WATCH_CLICKS = """() => {
     window.delays = [];
-    addEventListener("pointerdown", ({timeStamp}) => {
+    addEventListener("click", ({timeStamp, target}) => {
+        if (target.closest("button")) return;
         requestAnimationFrame(() => setTimeout(() => delays.push(performance.now() - timeStamp)));
     }, true);
 }"""
 
 
-def open_page(browser, model: Path) -> Page:
-    page = browser.new_page()
-    page.goto((ROOT / "docs" / "browser.html").as_uri())
-    page.set_input_files("#file", model)
-    page.wait_for_selector("#workspace:visible")
-    return page
-
-
-def start_writing(page: Page, n: int) -> None:
+def write_in_page(page, n: int) -> float:
+    """Characters a second, as the page itself has measured."""
+    page.bring_to_front()
     page.fill("#set-max_new", str(n))
     page.click("#clear")
     page.click("#go")
-
-
-def page_speed(page: Page, n: int) -> float:
-    """Characters a second, as the page itself has measured."""
-    start_writing(page, n)
+    page.wait_for_selector("#go:text-is('Stop')")
     page.wait_for_selector("#go:text-is('Continue')", timeout=600_000)
     words = page.inner_text("#status").replace(",", "").split()
     assert int(words[0]) == n
     return n / float(words[3])
 
 
-def script_speed(model: anexagpt.Model, n: int) -> float:
-    started = time.perf_counter()
-    text = model.generate("", max_new=n)
-    seconds = time.perf_counter() - started
-    assert len(text) == n
-    return n / seconds
-
-
-def click_delays(page: Page, clicks: int) -> list[float]:
+def click_delays(page, clicks: int) -> list[float]:
     """Milliseconds from each of some clicks, while text is written, to the frame after it."""
     page.evaluate(WATCH_CLICKS)
-    start_writing(page, 20_000)
+    page.fill("#set-max_new", "20000")
     targets = [*page.locator(".tabs label").all(), page.locator("#text")]
     for i in range(clicks):
-        target = targets[i % len(targets)]
-        target.click(no_wait_after=True)
+        if page.inner_text("#go") != "Stop":  # the page is full: from the beginning
+            page.click("#clear")
+            page.click("#go")
+        targets[i % len(targets)].click(no_wait_after=True)
         page.wait_for_timeout(97)
-    assert page.inner_text("#go") == "Stop"
     page.click("#go")
     return page.evaluate("delays")
-
-
-def report(speeds: dict[str, list[float]], delays: list[float]) -> None:
-    print("| writes | median | lowest to highest |\n|---|---|---|")
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        print(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} |")
-    pairs = zip(speeds["page"], speeds["script"], strict=True)
-    ratios = sorted(page / script for page, script in pairs)
-    print(f"\npage / script: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    median = statistics.median(delays)
-    print(
-        f"{len(delays)} clicks while it writes: median {median:.0f} ms, worst {max(delays):.0f} ms"
-    )
 
 
 def main() -> None:
@@ -97,27 +67,50 @@ def main() -> None:
         "--chromium", default=shutil.which("chromium") or shutil.which("google-chrome")
     )
     parser.add_argument("--characters", type=int, default=2_000, help="in each round")
+    parser.add_argument("--against", type=Path, help="an older page, which takes turns, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clicks", type=int, default=60)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
-    args = parser.parse_args()
-    model = anexagpt.load(args.model)
-    n = args.characters
-    speeds = {"page": [], "script": []}
+    options = parser.parse_args()
+    model, n = anexagpt.load(options.model), options.characters
+    pages = {"page": ROOT / "docs" / "browser.html"}
+    if options.against:
+        pages["older page"] = options.against.resolve()
+    speeds: dict[str, list[float]] = {name: [] for name in (*pages, "script")}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
-        page = open_page(browser, args.model)
-        page_speed(page, n)  # warm-up
-        script_speed(model, n)
-        for _ in range(args.rounds):
-            speeds["page"].append(page_speed(page, n))
-            speeds["script"].append(script_speed(model, n))
-        delays = click_delays(page, args.clicks)
+        browser = playwright.chromium.launch(
+            executable_path=options.chromium, args=["--no-sandbox"]
+        )
+        tabs = {name: browser.new_page() for name in pages}
+        for name, tab in tabs.items():
+            tab.goto(pages[name].as_uri())
+            tab.set_input_files("#file", options.model)
+            tab.wait_for_selector("#workspace:visible")
+        for turn in range(options.rounds + 1):
+            round_ = {name: write_in_page(tab, n) for name, tab in tabs.items()}
+            start = time.perf_counter()
+            assert len(model.generate("", max_new=n)) >= n
+            round_["script"] = n / (time.perf_counter() - start)
+            for name, speed in round_.items():
+                if turn:  # the first is for warming up
+                    speeds[name].append(speed)
+        tabs["page"].bring_to_front()
+        delays = click_delays(tabs["page"], options.clicks)
         browser.close()
-    print(f"{n} characters, {args.rounds} rounds, one text; characters a second\n")
-    report(speeds, delays)
-    if args.json:
-        args.json.write_text(json.dumps({"speeds": speeds, "delays": delays}, indent=1))
+    print(f"{n} characters, {options.rounds} rounds, one text; characters a second\n")
+    print("| writes | median | lowest to highest |\n|---|---|---|")
+    for name, values in speeds.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"| {name} | {middle:,.0f} | {low:,.0f} to {high:,.0f} |")
+    for name in list(speeds)[1:]:
+        pairs = zip(speeds["page"], speeds[name], strict=True)
+        ratios = sorted(page / other for page, other in pairs)
+        low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
+        print(f"\npage / {name}: {middle:.2f} ({low:.2f} to {high:.2f})")
+    median, worst = statistics.median(delays), max(delays)
+    print(f"{len(delays)} clicks while it writes: median {median:.0f} ms, worst {worst:.0f} ms")
+    if options.json:
+        options.json.write_text(json.dumps(dict(speeds=speeds, delays=delays), indent=1))
 
 
 if __name__ == "__main__":
