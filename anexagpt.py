@@ -192,14 +192,14 @@ class TrainConfig(Config):
     grad_accum: int = option(1, "micro-batches per step: less memory, same result", 1, 100_000)
     muon_learning_rate: float = option(0.02, "peak rate of Muon: matrices of the blocks", 0.0, 10.0)
     learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
-    weight_decay: float = option(0.1, "of Muon's matrices, as a multiple of their rate", 0.0, 10.0)
+    weight_decay: float = option(0.1, "of Muon's matrices, times their rate", 0.0, 10.0)
     warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
-    dropout: float | None = option(None, "dropout rate (default: by number of epochs)", 0.0, 0.9)
+    dropout: float | None = option(None, "dropout rate (default: depends on the epochs)", 0.0, 0.9)
     logit_scale: float | None = option(None, None, 0.1, 10.0)
     eval_interval: int = option(250, "steps between evaluations", 1, 100_000_000)
-    checkpoint_interval: float = option(60.0, "seconds between checkpoints, or more", 0.0, 1e9)
-    seed: int = option(1337, "of first weights, data order and dropout", 0, 2**63 - 1)
-    init: str | None = option(None, "model file with the first weights, to fine-tune it")
+    checkpoint_interval: float = option(60.0, "minimum seconds between checkpoints", 0.0, 1e9)
+    seed: int = option(1337, "seed of first weights, data order, dropout", 0, 2**63 - 1)
+    init: str | None = option(None, "model file to fine-tune")
 
 
 def resolve(cfg: TrainConfig, n_chars: int, block_size: int, device: str) -> TrainConfig:
@@ -241,10 +241,12 @@ def code_points(text: str) -> ndarray:
 
 
 def split_clusters(text: str) -> Iterator[str]:
-    """Each character of `text` together with the combining marks that follow it."""
+    """Each letter of `text`: a character with the combining marks that follow it."""
     start = 0
     for end in range(1, len(text) + 1):
-        if end == len(text) or not unicodedata.combining(text[end]):
+        is_mark = end < len(text) and unicodedata.category(text[end]).startswith("M")
+        is_syllable_part = end < len(text) and "\u1160" <= text[end] <= "\u11ff"  # of Hangul
+        if not is_mark and not is_syllable_part:
             yield text[start:end]
             start = end
 
@@ -274,30 +276,27 @@ class Tokenizer:
         changes = {}
         parts = []
         for cluster in split_clusters(prompt.replace("\r\n", "\n").replace("\r", "\n")):
+            known = cluster
             if not self.known.issuperset(cluster):
-                changes[cluster] = cluster = self.equivalent(cluster)
-            parts.append(cluster)
+                known = self.equivalent(cluster)
+            if unicodedata.normalize("NFC", known) != unicodedata.normalize("NFC", cluster):
+                changes[cluster] = known
+            parts.append(known)
         return "".join(parts), changes
 
     def equivalent(self, cluster: str) -> str:
-        """The nearest form of a character with its marks that the vocabulary has, or "".
+        """The nearest form of a letter that the vocabulary has, or "".
 
-        Tried in this order: the same letter composed or decomposed (Unicode's NFC and NFD), a
-        straight quote or hyphen, the compatibility forms (NFKC and NFKD), the other case; at last
-        any of these without what is unknown of it, such as an accent.
+        In this order: composed or decomposed (Unicode's NFC and NFD), with straight quotes and
+        hyphens, in compatibility forms (NFKC and NFKD), without marks; then in the other case.
         """
         forms = [unicodedata.normalize(form, cluster) for form in ("NFC", "NFD")]
-        forms.append(cluster.translate(EQUIVALENTS))
-        forms += [unicodedata.normalize(form, cluster) for form in ("NFKC", "NFKD")]
+        forms.append(forms[0].translate(EQUIVALENTS))
+        forms += [unicodedata.normalize(form, forms[2]) for form in ("NFKC", "NFKD")]
+        forms.append("".join(c for c in forms[-1] if unicodedata.category(c) != "Mn"))
         forms += [form.swapcase() for form in forms]
-        for form in forms:
-            if self.known.issuperset(form):
-                return form
-        for form in forms:
-            known_part = "".join(c for c in form if c in self.known)
-            if known_part:
-                return known_part
-        return ""
+        known_forms = (form for form in forms if form and self.known.issuperset(form))
+        return next(known_forms, "")
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -927,11 +926,13 @@ class SampleConfig(Config):
     A new setting is a field here, its code in process_logits, and a name in PROCESSORS.
     """
 
-    temperature: float = option(0.7, "below 1 safer, above 1 wilder, 0 the likeliest", 0, 100)
+    temperature: float = option(
+        0.7, "below 1 safer, above 1 wilder, 0 always the likeliest", 0, 100
+    )
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
     top_p: float = option(1.0, "draw from the likeliest that add up to this; 1 is off", 0, 1)
     min_p: float = option(0.0, "exclude what is below this share of the likeliest; 0 is off", 0, 1)
-    repetition_penalty: float = option(1.0, "above 1: less of what already occurred", 0.01, 100)
+    repetition_penalty: float = option(1.0, "above 1: what occurred is less likely", 0.01, 100)
     max_new: int = option(300, "characters to write", 0, 10**12)
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
@@ -1179,7 +1180,7 @@ class Model:
         """
         known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
         if prompt:
-            require(known, f"'{printable(prompt[:40])}': none of it is known to the model")
+            require(known, f"'{printable(prompt[:40])}': the model knows none of these characters")
         return self.tokenizer.encode(known) if known else np.array([1])
 
     def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
@@ -1325,6 +1326,8 @@ try:
     import urllib3
     from prompt_toolkit import completion, history
     from prompt_toolkit.filters import Condition
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
     from rich.cells import cell_len, set_cell_size
     from rich.console import Console
     from rich.table import Column, Table
@@ -1368,7 +1371,7 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> None:
     result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     if not torch.allclose(result, expected, atol=tolerance, rtol=tolerance):
-        return log("NOTE: attention() is not the usual one: its fast version is not used.")
+        return log("NOTE: attention() was changed, so its fast version is not used.")
     for block in network.h:
         if block.attn.attend is attention:
             block.attn.attend = fast_attention
@@ -1429,7 +1432,7 @@ class NumpyDecoder:
             logits = self.decode(ids[0], cache)
             self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
             if not self.is_equal:
-                log("NOTE: the network is not the usual one: its fast version is not used.")
+                log("NOTE: the network was changed, so its fast version is not used.")
             return expected
         return self.decode(ids[0], cache)
 
@@ -1735,7 +1738,7 @@ class RunFile:
         present = file_id(self.path)
         if present not in (None, self.written):
             other = free_name(self.path, "new")
-            log(f"NOTE: {self.path} was put there by another program; saving to {other}")
+            log(f"NOTE: {self.path} was created by another program; saving to {other}")
             self.path = other
             self.written = None
         with publish(self.path, replace=self.written is not None) as temporary:
@@ -1896,6 +1899,19 @@ CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
 LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
+COMMON_ENCODINGS = [
+    "utf_8",
+    "utf_16",
+    "utf_16_le",
+    "utf_16_be",
+    "cp1252",
+    "cp1250",
+    "cp1251",
+    "cp1253",
+    "cp1254",
+    "koi8_r",
+]
+COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1255", "cp1256"]
 TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
@@ -1951,7 +1967,7 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
     words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
-    require(ending in words, "another text, or not all of it")
+    require(ending in words, "not the expected text, or incomplete")
 
 
 def fetch(url: str, path: Path, ending: str) -> None:
@@ -1995,10 +2011,11 @@ def download(name: str) -> Path:
     built_in = BUILT_IN.get(name, BuiltInText("", mirrors=(name,)))
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
     stem = name if name in BUILT_IN else digest[:16]
-    path = cache_folder() / f"anexa-{stem}.txt"  # a name that no file of the user has
-    if is_intact(path):
-        log(f"Reading {path} (delete it to download the text again)")
-        return path
+    file_name = f"anexa-{stem}.txt"  # which no file of the user has
+    for path in (CACHE / file_name, cache_folder() / file_name):
+        if is_intact(path):
+            log(f"Reading {path} (delete it to download the text again)")
+            return path
     reasons = []
     for url in built_in.mirrors:
         host = public_name(url).split("/")[2]
@@ -2011,7 +2028,9 @@ def download(name: str) -> Path:
         except (UserError, ValueError) as error:
             reasons.append(f"{host}: {error}")
     fix = "try again, or give a text file"
-    raise UserError(f"`data={public_name(name)}`: no download ({'; '.join(reasons)}); {fix}")
+    raise UserError(
+        f"`data={public_name(name)}`: cannot be downloaded ({'; '.join(reasons)}); {fix}"
+    )
 
 
 class Source(NamedTuple):
@@ -2103,10 +2122,10 @@ def text_error(source: Source) -> UserError:
                 break
     fix = "save it as plain text, not PDF or Word, or give its `encoding`"
     is_binary = sample.startswith((b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"))
-    guess = charset_normalizer.from_bytes(sample).best()
-    if guess and not is_binary and guess.encoding not in ("ascii", "utf_8"):
+    guess = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS).best()
+    if guess and not is_binary and guess.encoding != "utf_8":
         fix = f"try `encoding={guess.encoding.replace('_', '-')}`"
-    other = "or add `replace_errors`, and such characters are read as U+FFFD"
+    other = "or add `replace_errors` to read such bytes as U+FFFD"
     return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}, {other}")
 
 
@@ -2174,7 +2193,7 @@ def load_corpus(
         log(f"NOTE: read as U+FFFD, the unknown character: {n_unknown:,} characters.")
     all_names = printable(", ".join(shown))
     is_text = is_present.sum() <= 65_535
-    require(is_text, f"`data={all_names}`: over 65,535 kinds of characters; is it text?")
+    require(is_text, f"`data={all_names}`: more than 65,535 different characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, is_present.nonzero()[0])))
     dtype = tokenizer.table.dtype
     is_long = n >= LONG_TEXT
@@ -2506,16 +2525,18 @@ class RunFiles:
             run = f"{done.text_names}, {done.step:,} steps"
             if diff := config_diff(asked, done.settings()):
                 run += f" ({diff})"
-            fix = "Keep it: add `out=FILE`. Start anew: `restart`."
-            fix += f" Fine-tune it: `init={out}` `out=FILE`"
+            fix = "To keep it: `out=FILE`. To start anew: `restart`."
+            fix += f" To fine-tune it: `init={out}` `out=FILE`"
             if unfinished:
-                fix += f". Resume {path}: move the model away"
-            raise UserError(f"{out}: is already trained on {run}. {fix}")
+                fix += f". To resume {path}: move the model away"
+            raise UserError(f"{out}: already holds a model trained on {run}. {fix}")
         if unfinished:
             m = unfinished.metadata
             if diff := config_diff(asked, m.settings(), "max_steps"):
                 fix = "to resume, drop these options; to discard it, add `restart`"
-                raise UserError(f"{path}: is at step {m.step:,} with {diff}; {fix}")
+                raise UserError(
+                    f"{path}: is an unfinished run at step {m.step:,} with {diff}; {fix}"
+                )
         return unfinished
 
     def begin(self, trainer: Trainer) -> None:
@@ -2565,7 +2586,7 @@ def check_corpus(corpus: Corpus, block_size: int) -> None:
     train_ids, val_ids = split_ids(corpus.ids)
     is_text = train_ids[1:].any() and val_ids[1:].any()
     fix = "save it again, or give its real `encoding`"
-    require(is_text, f"`data={name}`: U+FFFD, the mark of broken characters, all over; {fix}")
+    require(is_text, f"`data={name}`: mostly U+FFFD, the mark of undecodable characters; {fix}")
 
 
 class Plan(NamedTuple):
@@ -2634,7 +2655,7 @@ def training_lock(out: Path) -> Iterator[None]:
         raise UserError(f"`out={out}`: another process trains it; {wait}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            reason = error.strerror or "no file can be made there"
+            reason = error.strerror or "no file can be created there"
             raise UserError(f"`out={out}`: cannot be written ({reason}); {wait}") from None
         note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
     except NotImplementedError:  # filelock's word for a file system without locks
@@ -2673,7 +2694,7 @@ def log_run(t: Trainer) -> None:
     n = len(t.corpus.ids)
     m = t.metadata()
     if n < 100_000:
-        log(f"NOTE: {n:,} characters are few: expect scraps of words, not sentences.")
+        log(f"NOTE: only {n:,} characters: expect scraps of words, not sentences.")
     epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
     if is_unlike(t.train_ids, t.val_ids):
         log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
@@ -3223,9 +3244,13 @@ def prompt_reader() -> Callable[[], str]:
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
     completers = [completion.WordCompleter(words, sentence=True)]
     completers.append(completion.NestedCompleter(files))
+    keys = KeyBindings()
+    # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
+    keys.add(Keys.Vt100MouseEvent)(lambda event: None)
     session = prompt_toolkit.PromptSession(
         "Prompt: ",
         history=open_history(),
+        key_bindings=keys,
         completer=completion.merge_completers(completers),
         complete_while_typing=False,
         complete_style=prompt_toolkit.shortcuts.CompleteStyle.READLINE_LIKE,
@@ -3246,7 +3271,7 @@ def chat_loop(model: Model, cfg: SampleConfig) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
-            log("(quit or Ctrl-D leaves)")
+            log("(to leave: quit or Ctrl-D)")
         except UserError as error:
             log(f"({as_options(str(error)).removeprefix('--')})")
         except OSError as error:
@@ -3440,13 +3465,13 @@ def export(
 ) -> None:
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
     require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
-    require(gguf or not half, "`f16`: is for the GGUF file; add `gguf=FILE`")
+    require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
     source = model.path.resolve()
     for path in filter(None, (folder, gguf)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
         is_apart = path.resolve() not in (source, source.parent)
-        require(is_apart, f"{path}: is the place of the model itself; choose another name")
+        require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     files = {}
     if folder:
         files = hub_files(model, folder.resolve().name, license)
@@ -3554,21 +3579,21 @@ TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for s
 FILE = dict(type=Path, metavar="FILE")
 FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
-    ("run train", "words", dict(metavar="TEXT", help="as --data")),
-    ("chat info", "words", dict(metavar="MODEL", help="as --model")),
+    ("run train", "words", dict(metavar="TEXT", help="same as --data")),
+    ("chat info", "words", dict(metavar="MODEL", help="same as --model")),
     ("generate", "words", dict(metavar="PROMPT", help="text, - for stdin; then as --model")),
     ("explain", "words", dict(metavar="PROMPT", help="text to show, then as --model")),
     ("eval", "words", dict(metavar="FILE", help="as --data or --model")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
     ("push", "words", dict(metavar="NAME", help="on the Hub, as USER/NAME, then as --model")),
     ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
-    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
-    ("run train eval", "--replace-errors", dict(**FLAG, help="read what is no text as U+FFFD")),
+    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text files")),
+    ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
     ("run train", "--restart", dict(**FLAG, help="start anew; a finished model is renamed")),
-    ("run train", "--quiet", dict(**FLAG, help="no progress")),
-    ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="write losses and speed")),
+    ("run train", "--quiet", dict(**FLAG, help="show no progress")),
+    ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="folder for its logs")),
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
     ("run train chat generate explain eval", "--device",
@@ -3576,11 +3601,11 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("run train eval", "--dtype",
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
     ("run train chat generate explain eval", "--plain",
-     dict(**FLAG, help="without fast paths: to learn, or to report a bug")),
+     dict(**FLAG, help="no fast paths: to learn, or report a bug")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
-    ("explain", "--layer", dict(default="", metavar="N", help="of attn (default: the last)")),
-    ("explain", "--head", dict(default="", metavar="N", help="of attn (default: mean of all)")),
+    ("explain", "--layer", dict(default="", metavar="N", help="for attn (default: the last)")),
+    ("explain", "--head", dict(default="", metavar="N", help="for attn (default: mean of all)")),
     ("info", "--json", dict(**FLAG, help="everything, with the loss history")),
     ("export", "--gguf", dict(**FILE, help="file for llama.cpp")),
     ("export", "--f16", dict(**FLAG, help="float16 matrices in the GGUF file")),
@@ -3773,7 +3798,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
     perplexity = math.exp(min(loss, 700))
     print(f"{name}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
     if n_unknown := np.count_nonzero(ids == 0):
-        log(f"(left out, since the model does not know them: {n_unknown:,})")
+        log(f"(left out, as the model does not know them: {n_unknown:,})")
 
 
 def cmd_info(args: argparse.Namespace) -> None:
@@ -3903,9 +3928,9 @@ def explain_runtime_error(error: Exception) -> str | None:
     words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
     if re.search(words, repr(error)):
         fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
-        return f"out of memory; take {fix}"
+        return f"out of memory; use {fix}"
     if re.search("(?i)gloo|nccl|c10d", str(error)):
-        return "a rank has ended; the same command resumes from the last checkpoint"
+        return "another rank failed; the same command resumes from the last checkpoint"
     return None
 
 

@@ -131,7 +131,7 @@ def test_prompts(model):
     """Catches a failure without a context, and a prompt that is not read by its end."""
     generate = lambda x: [model.generate(x, seed=s, max_new=30) for s in range(9)]  # noqa: E731
     assert generate("") == generate("\n") != generate("t")
-    with pytest.raises(UserError, match=r".*known"):
+    with pytest.raises(UserError, match="knows none"):
         model.generate("\u4e00")
     assert generate("Caf\u00e9") == generate("cafe")
     long = "Watson ran. " * 9 + "the cat "  # 116 characters: 16 - 12 are left of a context of 16

@@ -74,7 +74,7 @@ def test_stopped_and_resumed():
     model = train(text=TEXT, out="m.safetensors", **SMALL)
     assert model.metadata.history == whole.metadata.history
     assert all(map(torch.equal, model.network.parameters(), whole.network.parameters()))
-    with pytest.raises(UserError, match=r"already trained.*`restart`.*`init=m\.safetensors`"):
+    with pytest.raises(UserError, match=r"already holds a model.*`restart`.*`init=m\.safetensors`"):
         train(text=TEXT, out="m.safetensors", **SMALL)
     tuned = train(
         text=prose(300), init="m.safetensors", **{k: v for k, v in SMALL.items() if k[:2] != "n_"}

@@ -293,4 +293,6 @@ def test_options_of_a_stopped_run(cli):
     free = ["--max-steps", 16, "--grad-accum", 2, "--checkpoint-interval", 9, "--dtype", "bfloat16"]
     assert cli("train", *OPTIONS, *free).status == 0
     assert entry(MODEL, "step") == entry(MODEL, "training")["max_steps"] == 16
-    assert cli("train", *OPTIONS, "--max-steps", 16).is_error("already trained", "--out", "--init")
+    assert cli("train", *OPTIONS, "--max-steps", 16).is_error(
+        "already holds a model", "--out", "--init"
+    )

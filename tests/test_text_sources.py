@@ -409,13 +409,16 @@ THREE_KINGDOMS = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
 汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。
 """
+PUSHKIN = """\
+У лукоморья дуб зелёный; златая цепь на дубе том:
+и днём и ночью кот учёный всё ходит по цепи кругом.
+"""
 SPOILT = {  # bytes, encoding, what the message says
     b"one\ntwo\nth\xffree\n" * 9: ("utf-8", ["byte 0xff in line 3", r"near 'th\xffree\n'"]),
     b"one\ntwo\0\n" * 9: ("utf-8", ["byte 0x00 in line 2"]),
     THREE_KINGDOMS.encode("gb18030"): ("utf-8", ["--encoding gb"]),
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440. \u042d\u0442\u043e \u0442\u0435\u043a"
-    "\u0441\u0442.\n".encode("cp1251") * 40: ("utf-8", ["--encoding cp1251"]),
-}  # fmt: skip
+    PUSHKIN.encode("cp1251"): ("utf-8", ["--encoding cp1251"]),
+}
 
 
 @pytest.mark.parametrize("raw", SPOILT, ids=lambda raw: ascii(raw[:12]))
