@@ -1349,6 +1349,10 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention`, at about twice the speed."""
     B, H, T, D = q.shape
     S = k.shape[2]
+    if S == 1:  # one key only; on CUDA a product with an inner dimension of 1 would need Triton
+        return v.expand(B, H, T, D)
+    if q.device.type == "mps":  # PyTorch's issues 169222, 176767, 181133 and 195910
+        return attention(q, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
         # Faster than PyTorch's fused kernel: the mask is added by the first matrix product.
         mask = q.new_full((T, S), -torch.inf).triu_(1 + S - T)
@@ -1489,7 +1493,11 @@ class CudaGraph:
                 self.update()
             self.update = graph.replay
         except RuntimeError as error:
-            log(f"NOTE: no CUDA graph ({first_line(error)}); slower without")
+            log(f"NOTE: no CUDA graph ({first_line(error.__context__ or error)}); slower without")
+            del graph  # its memory is needed
+            # Before PyTorch 2.12 the random generator stays in capture mode after a failure.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 class DistributedContext(NamedTuple):
@@ -1596,6 +1604,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         fix = "start with torchrun, or unset WORLD_SIZE"
         require(is_number, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
     require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
+    require(device.type != "mps", "torchrun: its processes cannot share an MPS; add `device=cpu`")
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
@@ -1780,7 +1789,7 @@ def check_metadata(m: Metadata) -> None:
     require(re.fullmatch("[0-9a-f]{64}", m.data.sha256), "its sha256 is not 64 hex digits")
     require(is_number(m.data.characters), "its data set has no number of characters")
     require(type(m.training) is dict, "its training settings are malformed")
-    require(type(m.training.get("init")) in (str, type(None)), "its init is not a name")
+    TrainConfig.pick({n: v for n, v in m.training.items() if n in ("init", "max_steps")})
     require(type(m.step) is int and 0 <= m.step < MAX_NUMBER, "its step is not a number")
     is_loss = m.validation_loss is None or is_number(m.validation_loss)
     require(is_loss, "its validation loss is not a number")
@@ -2424,12 +2433,21 @@ def optional(module: str):
         raise UserError(f"this needs {package}: pip install {package}") from None
 
 
+def has_working_cuda() -> bool:
+    """Whether a kernel runs; a GPU may be too old for this PyTorch."""
+    try:
+        return torch.ones(1, device="cuda").add(1).item() == 2
+    except RuntimeError as error:
+        note_once(f"the GPU is not used: {first_line(error)}")
+        return False
+
+
 def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Device and number format for their names or "auto".  raises: UserError if it is missing"""
     usable = ["cpu"]
     if torch.backends.mps.is_available():
         usable.insert(0, "mps")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (device == "cuda" or has_working_cuda()):
         usable.insert(0, "cuda")
     if device == "auto":
         device = usable[0]
@@ -3587,7 +3605,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
     ("push", "words", dict(metavar="NAME", help="on the Hub, as USER/NAME, then as --model")),
     ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
-    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of the text files")),
+    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),

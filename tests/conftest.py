@@ -36,6 +36,9 @@ TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16
 TINY += ["--batch-size", "4", "--device", "cpu", "--dtype", "float32"]
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # so that each cuda test runs
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it

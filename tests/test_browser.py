@@ -471,7 +471,7 @@ def test_saved_page_has_no_secrets(page, tiny, tmp_path):
     assert b"secret" not in inside and "secret" not in saved
     (tmp_path / "model.safetensors").write_bytes(inside)
     model = anexagpt.load(tmp_path / "model.safetensors")
-    assert model.metadata.data["names"] == ["a.txt", "b.txt", "c"]
+    assert model.metadata.data.names == ["a.txt", "b.txt", "c"]
     assert model.metadata.training["init"] == "d.safetensors"
 
 

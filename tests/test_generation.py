@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, start
+from conftest import DEVICES, ROOT, TINY, start
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_model import gpt2, network
@@ -218,23 +218,23 @@ def test_library_errors(model, tmp_path):
         model.generate("the", temperature=-1)
 
 
-@pytest.mark.cuda
-def test_generation_on_cuda(cli, tiny, model):
+@pytest.mark.parametrize("device", DEVICES)
+def test_generation_on_a_device(cli, tiny, device):
     """Catches a cache or sampling that differs on CUDA, alone and in a batch."""
     greedy = "generate", "the ", "--model", tiny, "--temperature", 0, "-n", 60
     for batch in ([], ["-k", 3]):
         on_cpu = cli(*greedy, *batch, "--device", "cpu")
-        assert cli(*greedy, *batch, "--device", "cuda") == on_cpu and on_cpu.status == 0
+        assert cli(*greedy, *batch, "--device", device) == on_cpu and on_cpu.status == 0
 
 
-@pytest.mark.cuda
-def test_cuda_graph_equals_eager(cli, tiny, monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_cuda_graph_equals_eager(cli, tiny, monkeypatch, device):
     """Catches a graph that replays an old batch or rate, or misses an update."""
     data, losses = tiny.parent / "prose.txt", []
-    options = [*TINY, "--device", "cuda", "--max-steps", 30, "--eval-interval", 5, "--dropout", 0]
-    for out in ("graph", "eager"):
-        if out == "eager":
-            monkeypatch.setattr(anexagpt, "CudaGraph", lambda fn: fn)
+    options = [*TINY, "--device", device, "--max-steps", 30, "--eval-interval", 5, "--dropout", 0]
+    for out in ("graph.safetensors", "eager.safetensors"):
+        if out == "eager.safetensors":
+            monkeypatch.setattr(anexagpt, "CudaGraph", lambda update: update)
         assert cli("train", data, *options, "--out", out).status == 0
         losses.append(load(out).metadata.history)
     np.testing.assert_allclose(*losses, rtol=1e-4)

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import prose
+from conftest import DEVICES, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from anexagpt import GPT, GPTConfig, KVCache, attention, load
+from anexagpt import GPT, GPTConfig, KVCache, attention, fast_attention, load, use_fast_attention
 
 SMALL = GPTConfig(vocab_size=31, block_size=24, n_layer=3, n_head=4, n_embd=32, dropout=0.0)
 
@@ -99,8 +99,11 @@ def test_logits_equal_the_formula(training):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T, S", [(1, 24), (5, 24), (24, 24), (1, 600), (5, 600), (600, 600)])
-def test_attention(dtype, T, S):
+@pytest.mark.parametrize(
+    "T, S", [(1, 24), (5, 24), (24, 24), (1, 600), (5, 600), (600, 600), (1, 1)]
+)
+@pytest.mark.parametrize("function", [attention, fast_attention])
+def test_attention(function, dtype, T, S):
     """Catches a kernel or a mask that is wrong for some shape or number format."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 3, n, 8).to(dtype) for n in (T, S, S))
@@ -108,7 +111,7 @@ def test_attention(dtype, T, S):
     future = torch.arange(S) > torch.arange(S - T, S)[:, None]
     expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
     atol = 1e-5 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(attention(q, k, v).double(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(function(q, k, v).double(), expected, atol=atol, rtol=0)
 
 
 @torch.no_grad()
@@ -190,12 +193,14 @@ def test_dropout(p):
     assert torch.equal(model.eval()(ids), model(ids))
 
 
-@pytest.mark.cuda
 @torch.no_grad()
 @pytest.mark.parametrize("split", [1, 7, 24])
-def test_logits_on_cuda(split):
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_on_a_device(split, device):
     """Catches a mask of the fused kernel that is wrong, above all for a part after a cache."""
-    ids, model = some_ids(3, 24), network().cuda()
+    ids, model = some_ids(3, 24).to(device), network().to(device)
+    use_fast_attention(model, torch.float32)
     cache = KVCache(model, 3)
-    got = torch.cat([model(part.cuda(), cache) for part in ids.split(split, dim=1)], dim=1).cpu()
+    got = torch.cat([model(part, cache) for part in ids.split(split, dim=1)], dim=1)
+    got, ids = got.cpu(), ids.cpu()
     torch.testing.assert_close(got, network()(ids), atol=1e-3, rtol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, header, interrupt_at, prose
+from conftest import DEVICES, TINY, header, interrupt_at, prose
 from safetensors.torch import load_file
 from test_model import by_the_formula
 
@@ -97,7 +97,7 @@ def run_by_hand(w: dict, ids: list[int], H: int, steps: int, exact: bool, **rate
     "C, H, steps, accum, warmup, length",
     [(16, 2, 23, 4, 6, None), (15, 3, 12, 1, 0, None), (16, 2, 30, 1, 3, 400)],
 )
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_run_equals_one_by_hand(cli, text, C, H, steps, accum, warmup, length, device):
     """Catches a wrong sign, rate, momentum, schedule, order, mask, decay, loss or grouping.
 

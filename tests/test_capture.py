@@ -1,0 +1,199 @@
+"""What a CUDA graph requires of a training step, checked on a CPU."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import prose
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import anexagpt
+from anexagpt import Corpus, CudaGraph, GPTConfig, TrainConfig, Trainer, use_fast_attention
+
+
+def make_trainer(kind: type = Trainer, device: str = "cpu", **settings) -> Trainer:
+    cfg = TrainConfig(max_steps=40, batch_size=4, seed=3, **dict(dropout=0.0) | settings)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16)
+    trainer = kind(Corpus.from_text(prose(300)), config, cfg, device)
+    use_fast_attention(trainer.network, torch.float32)
+    return trainer
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations of PyTorch, as the capture of a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """The same operations on the same tensors, whose results stay where they were."""
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def replayed(kind: type, n: int, **settings) -> Trainer:
+    """A trainer whose steps after the fourth are replays of the fourth."""
+    trainer = make_trainer(kind, **settings)
+    for _ in range(3):
+        trainer.step()
+    recorder = Recorder()
+    trainer.set_inputs()
+    with recorder:
+        trainer.update()
+    trainer.steps_done += 1
+    trainer.update = recorder.replay
+    for _ in range(n - 4):
+        trainer.step()
+    return trainer
+
+
+def differences(kind: type, **settings) -> list[str]:
+    """Names of the tensors in which replayed steps differ from those that were run."""
+    eager = make_trainer(kind, **settings)
+    for _ in range(9):
+        eager.step()
+    other = replayed(kind, 9, **settings).state_dict()
+    return [name for name, x in eager.state_dict().items() if not torch.equal(x, other[name])]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(grad_accum=2), dict(logit_scale=1.15)], ids=str)
+def test_a_step_can_be_captured(settings):
+    """Catches a value that is read by Python, a tensor that moves, and a rate that is a number:
+    a graph would repeat them. All weights and optimizer states are equal, bit for bit."""
+    assert differences(Trainer, **settings) == []
+
+
+class ReadsTheLoss(Trainer):
+    def backward(self):
+        super().backward()
+        self.step_loss.mul_(1 + 0.01 * self.step_loss.item())
+
+
+class MovesTheBatch(Trainer):
+    def set_inputs(self):
+        super().set_inputs()
+        self.batch = self.batch.clone()
+
+
+class RateOfPython(Trainer):
+    def update(self):
+        self.lr_scale.fill_(anexagpt.lr_scale(self.steps_done, self.cfg))
+        super().update()
+
+
+class ForgetsTheAverage(Trainer):
+    def set_inputs(self):
+        super().set_inputs()
+        self.ema_rate = torch.tensor(anexagpt.ema_rate(self.steps_done + 1))
+
+
+@pytest.mark.parametrize("kind", [ReadsTheLoss, MovesTheBatch, RateOfPython, ForgetsTheAverage])
+def test_what_cannot_be_captured_is_noticed(kind):
+    """Catches a check above that cannot fail."""
+    assert differences(kind)
+
+
+def test_a_step_on_another_device():
+    """Catches a tensor that is on the CPU where the network is not: on the meta device, which
+    computes nothing, devices do not mix either."""
+    trainer = make_trainer(device="cpu")
+    trainer.network.to("meta")
+    trainer.ema.to("meta")
+    trainer.device = torch.device("meta")
+    matrices = {n: p for n, p in trainer.network.h.named_parameters() if p.dim() == 2}
+    trainer.muon = anexagpt.Muon(matrices, trainer.cfg, torch.float32)
+    for name in ("batch", "n_targets", "lr_scale", "ema_rate", "step_loss", "loss_sum"):
+        setattr(trainer, name, getattr(trainer, name).to("meta"))
+    trainer.cfg = anexagpt.replace(trainer.cfg, grad_accum=2)
+    trainer.backward()
+    trainer.muon.step(trainer.lr_scale)
+    assert all(p.grad.device.type == "meta" for p in trainer.network.parameters())
+
+
+class FakeCuda:
+    """Counts what a CudaGraph does; a capture runs nothing, as on a GPU."""
+
+    def __init__(self, monkeypatch, error: Exception | None = None):
+        self.events = []
+        fake = self
+
+        class Graph:
+            def replay(self):
+                fake.events.append("replay")
+
+        @contextlib.contextmanager
+        def graph(*_, **__):
+            before = len(fake.events)
+            yield
+            del fake.events[before:]
+            fake.events.append("capture")
+            if error:
+                raise error
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        class Generator:
+            def clone_state(self):
+                return self
+
+            def graphsafe_set_state(self, state):
+                fake.events.append("generator")
+
+        names = dict(CUDAGraph=Graph, graph=graph, Stream=Stream, current_stream=Stream)
+        names |= dict(stream=lambda stream: contextlib.nullcontext(), current_device=lambda: 0)
+        for name, value in (names | dict(default_generators=[Generator()])).items():
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+
+
+def test_warm_up_capture_and_replays(monkeypatch):
+    """Catches a step that is lost at the capture, or computed twice."""
+    cuda = FakeCuda(monkeypatch)
+    update = CudaGraph(lambda: cuda.events.append("eager"))
+    for _ in range(6):
+        update()
+    assert cuda.events == ["eager"] * 3 + ["capture"] + ["replay"] * 3
+
+
+def test_capture_that_fails(monkeypatch, capfd):
+    """Catches a step that is lost where no graph can be made, a note without the cause, and a
+    random generator that stays in capture mode."""
+    error = RuntimeError("capture ended")
+    error.__context__ = RuntimeError("operation not permitted when stream is capturing")
+    cuda = FakeCuda(monkeypatch, error)
+    update = CudaGraph(lambda: cuda.events.append("eager"))
+    for _ in range(6):
+        update()
+    assert [e for e in cuda.events if e != "generator"] == ["eager"] * 3 + ["capture"] + [
+        "eager"
+    ] * 3
+    assert cuda.events.count("generator") == 1
+    assert "operation not permitted" in capfd.readouterr().err
+
+
+def test_gpu_that_is_too_old(monkeypatch, capfd):
+    """Catches a GPU that PyTorch finds but has no kernels for, taken by default."""
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    anexagpt.note_once.cache_clear()
+    device, _ = anexagpt.select_device("auto")
+    assert device.type != "cuda" and "no kernel image" in capfd.readouterr().err
+    device, _ = anexagpt.select_device("cuda", "float32")
+    assert device.type == "cuda"  # the user's wish
