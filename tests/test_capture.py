@@ -110,7 +110,6 @@ def test_a_step_on_another_device():
     trainer = make_trainer(device="cpu")
     trainer.network.to("meta")
     trainer.ema.to("meta")
-    trainer.device = torch.device("meta")
     matrices = {n: p for n, p in trainer.network.h.named_parameters() if p.dim() == 2}
     trainer.muon = anexagpt.Muon(matrices, trainer.cfg, torch.float32)
     for name in ("batch", "n_targets", "lr_scale", "ema_rate", "step_loss", "loss_sum"):
