@@ -933,12 +933,21 @@ class SampleConfig(Config):
     top_p: float = option(1.0, "draw from the likeliest that add up to this; 1 is off", 0, 1)
     min_p: float = option(0.0, "exclude what is below this share of the likeliest; 0 is off", 0, 1)
     repetition_penalty: float = option(1.0, "above 1: what occurred is less likely", 0.01, 100)
+    no_repeat_ngram_size: int = option(0, "no piece of so many characters twice; 0 is off", 0, 1000)
     max_new: int = option(300, "characters to write", 0, 10**12)
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
 
 
-PROCESSORS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # in their order
+PROCESSORS = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
+MAX_TEXT = 10_000  # characters that the two settings against repetition look back
 
 
 def softmax(logits: ndarray) -> ndarray:
@@ -947,21 +956,41 @@ def softmax(logits: ndarray) -> ndarray:
     return exp / exp.sum(-1, keepdims=True)
 
 
-def process_logits(logits: ndarray, cfg: SampleConfig, seen: ndarray) -> ndarray:
-    """Logits (B, V) after penalty, temperature, top-k, top-p and min-p; -inf where excluded.
+def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
+    """Whether an id would complete an n-gram that its text already has: bool (B, V)."""
+    B, N = texts.shape
+    completes = np.zeros((B, vocab_size), bool)
+    if n <= N:
+        ngrams = np.lib.stride_tricks.sliding_window_view(texts, n, axis=1)  # (B, N - n + 1, n)
+        last = texts[:, None, N - n + 1 :]  # (B, 1, n - 1)
+        rows, places = (ngrams[:, :, :-1] == last).all(-1).nonzero()
+        completes[rows, ngrams[rows, places, -1]] = True
+    completes[completes[:, 1:].all(1)] = False  # at least one character must remain
+    return completes
 
-    seen (B, V): True for characters that already occurred, which the penalty makes less likely
-    sources: Keskar et al. 2019, "CTRL", section 4.1 (penalty); Fan et al. 2018, "Hierarchical
-    Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text
-    Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p)
+
+def process_logits(logits: ndarray, cfg: SampleConfig, texts: ndarray) -> ndarray:
+    """Logits (B, V) after penalty, n-grams, temperature, top-k, top-p, min-p; -inf if excluded.
+
+    texts (B, N): the ids so far, for the two settings against repetition
+    sources: Keskar et al. 2019, "CTRL", section 4.1 (penalty); Paulus et al. 2017, "A Deep
+    Reinforced Model for Abstractive Summarization", section 2.5 (n-grams); Fan et al. 2018,
+    "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of
+    Neural Text Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"
     """
+    V = logits.shape[-1]
     if cfg.repetition_penalty != 1:
+        has_occurred = np.zeros(logits.shape, bool)
+        np.put_along_axis(has_occurred, texts, True, axis=1)
         penalty = cfg.repetition_penalty
         penalized = np.where(logits < 0, logits * penalty, logits / penalty)
-        logits = np.where(seen, penalized, logits)
+        logits = np.where(has_occurred, penalized, logits)
+    if cfg.no_repeat_ngram_size > 0:
+        completes = completes_ngram(texts, cfg.no_repeat_ngram_size, V)
+        logits = np.where(completes, -np.inf, logits)
     if cfg.temperature not in (0, 1):
         logits = logits / max(cfg.temperature, 1e-6)  # less would overflow, and change nothing
-    if 0 < cfg.top_k < logits.shape[-1]:
+    if 0 < cfg.top_k < V:
         kth = np.partition(logits, -cfg.top_k)[:, -cfg.top_k, None]  # (B, 1)
         logits = np.where(logits < kth, -np.inf, logits)
     if cfg.top_p < 1:
@@ -981,7 +1010,7 @@ def process_logits(logits: ndarray, cfg: SampleConfig, seen: ndarray) -> ndarray
     return logits
 
 
-def sample(logits: ndarray, cfg: SampleConfig, rngs: list, seen: ndarray) -> ndarray:
+def sample(logits: ndarray, cfg: SampleConfig, rngs: list, texts: ndarray) -> ndarray:
     """Ids (B,) drawn from logits (B, V), each row with its own generator; never U+FFFD (id 0).
 
     source: Gumbel-max trick, Maddison et al. 2014, "A* Sampling": argmax(logits + Gumbel noise)
@@ -989,7 +1018,7 @@ def sample(logits: ndarray, cfg: SampleConfig, rngs: list, seen: ndarray) -> nda
     """
     logits = logits.copy()
     logits[:, 0] = -np.inf
-    logits = process_logits(logits, cfg, seen)
+    logits = process_logits(logits, cfg, texts)
     if cfg.temperature > 0:
         V = logits.shape[-1]
         noise = [rng.gumbel(size=V) for rng in rngs]  # B times (V,)
@@ -1015,9 +1044,7 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
         context = to_tensor(ids[None, start:], network.device)  # (1, T)
         logits = network(context)[:, -1]  # (1, V)
         logits = logits.float().cpu().numpy()
-        seen = np.zeros(logits.shape, bool)
-        seen[:, ids] = True
-        new_id = sample(logits, cfg, [rng], seen)  # (1,)
+        new_id = sample(logits, cfg, [rng], ids[None])  # (1,)
         ids = np.append(ids, new_id)
     return ids
 
@@ -1040,16 +1067,16 @@ def generate_ids(
 ) -> Iterator[ndarray]:
     """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
     B, T = len(rngs), network.config.block_size
-    seen = np.zeros((B, network.config.vocab_size), bool)
-    seen[:, prompt] = True
+    texts = prompt[None].repeat(B, axis=0).astype("i8")  # (B, N)
     context = prompt[None, context_start(len(prompt), T) :]  # (1, S): the B prompts are equal
     cache = KVCache(network, 1)
     logits = prefill(network, context, cache).repeat(B, axis=0)  # (B, V)
     cache.repeat(B)
     context = list(context.repeat(B, axis=0).T)  # S times (B,)
     while True:
-        ids = sample(logits, cfg, rngs, seen)
-        seen[np.arange(B), ids] = True
+        ids = sample(logits, cfg, rngs, texts)
+        if cfg.repetition_penalty != 1 or cfg.no_repeat_ngram_size > 0:
+            texts = np.column_stack((texts, ids))[:, -MAX_TEXT:]
         yield ids
         context.append(ids)
         if len(context) <= T:
@@ -1225,8 +1252,7 @@ class Model:
         logits = self.next_logits(ids[start:])[-1:]  # (1, V)
         if sampling:
             logits[:, 0] = -np.inf  # U+FFFD is never sampled
-            seen = np.isin(np.arange(logits.size), ids)
-            logits = process_logits(logits, cfg, seen[None])
+            logits = process_logits(logits, cfg, ids[None].astype("i8"))
         return softmax(logits)[0]
 
     def surprise(self, text: str, prompt: str = "") -> ndarray:
@@ -2877,6 +2903,7 @@ def run_training(
 VIEWS = ("tokens", "probs", "why", "attn")
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
+LABELS = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "ngram", "temperature": "temp"}
 MAX_VIEW = 2_000  # characters that a view shows
 
 
@@ -2965,7 +2992,7 @@ def setting_columns(model: Model, text: str, cfg: SampleConfig) -> dict[str, nda
         if value == default:
             continue
         active[name] = value or 1e-6  # temperature 0 is a limit
-        label = name.replace("repetition_", "").replace("temperature", "temp").replace("_", "-")
+        label = LABELS.get(name, name.replace("_", "-"))
         columns[f"{label} {value:g}"] = model.next_characters(text, **active)
     return columns
 

@@ -167,8 +167,10 @@ def test_every_training_option(cli):
 def test_every_sampling_option(model, cli):
     """Catches an option that is ignored or goes to another setting: all against the library."""
     base = dict(temperature=0.7, top_k=9, top_p=0.95, min_p=0.02, repetition_penalty=1.3, seed=4)
+    base |= dict(no_repeat_ngram_size=30)
     base |= dict(max_new=60, stop=("W",))
     changed = dict(temperature=1.9, top_k=2, top_p=0.3, min_p=0.9, repetition_penalty=9.0, seed=5)
+    changed |= dict(no_repeat_ngram_size=2)
     changed |= dict(max_new=9, stop=("e",))
     network, texts = anexagpt.load(model), set()
     for name in [None, *changed]:

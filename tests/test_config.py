@@ -93,4 +93,4 @@ def test_every_option_reaches_the_model_file(cli, tmp_path):
     expected |= dict(warmup_steps=50, eval_interval=250, checkpoint_interval=60.0, seed=1337)
     resolved = dict.fromkeys(("batch_size", "init", "dropout", "logit_scale"))
     assert asdict(TrainConfig()) == expected | dict(max_steps=5_000) | resolved
-    assert SampleConfig() == SampleConfig(0.7, 0, 1.0, 0.0, 1.0, 300, (), None)
+    assert SampleConfig() == SampleConfig(0.7, 0, 1.0, 0.0, 1.0, 0, 300, (), None)

@@ -16,19 +16,21 @@ from anexagpt import GPTConfig, SampleConfig, UserError, generate_ids, load, pro
 
 V = 40
 LOGITS = np.random.default_rng(1).normal(size=(6, V)).astype("f4") * 3
-SEEN = np.random.default_rng(2).random((6, V)) < 0.3
+TEXTS = np.random.default_rng(2).integers(0, 4, (6, 60))  # few ids, so that n-grams repeat
 
 
-def drawn(logits, seed=0, seen=None, **settings):
-    seen = np.zeros(logits.shape, bool) if seen is None else seen
+def drawn(logits, seed=0, texts=None, **settings):
+    texts = np.zeros((len(logits), 1), int) if texts is None else texts
     rngs = [np.random.default_rng(seed)] * len(logits)
-    return sample(logits, SampleConfig(**settings), rngs, seen)
+    return sample(logits, SampleConfig(**settings), rngs, texts)
 
 
 SETTINGS = [dict(temperature=0.5), dict(temperature=3.0), dict(top_k=7), dict(top_k=V + 1)]
 SETTINGS += [dict(top_p=0.0), dict(top_p=0.6), dict(top_p=0.97), dict(min_p=0.05), dict(min_p=1.0)]
 SETTINGS += [dict(repetition_penalty=1.7), dict(repetition_penalty=0.5)]
 SETTINGS += [dict(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
+SETTINGS += [dict(no_repeat_ngram_size=n) for n in (1, 2, 3, 60, 61)]
+SETTINGS += [dict(temperature=0.7, repetition_penalty=1.2, no_repeat_ngram_size=2, top_k=9)]
 SETTINGS += [dict(temperature=2.0, top_k=30, top_p=0.8, min_p=0.1)]
 
 
@@ -38,17 +40,19 @@ def test_settings_equal_transformers(settings):
     t = pytest.importorskip("transformers")
     cfg, rows = SampleConfig(**(dict(temperature=1.0) | settings)), []
     processors = [t.RepetitionPenaltyLogitsProcessor(cfg.repetition_penalty)]
+    if cfg.no_repeat_ngram_size:
+        processors += [t.NoRepeatNGramLogitsProcessor(cfg.no_repeat_ngram_size)]
     processors += [t.TemperatureLogitsWarper(cfg.temperature), t.TopKLogitsWarper(cfg.top_k or V)]
     processors += [t.TopPLogitsWarper(cfg.top_p), t.MinPLogitsWarper(cfg.min_p)]
-    for logits, seen in zip(LOGITS, SEEN, strict=True):
+    for logits, text in zip(LOGITS, TEXTS, strict=True):
         rows.append(torch.from_numpy(logits.copy())[None])
         for processor in processors:
-            rows[-1] = processor(torch.from_numpy(seen.nonzero()[0])[None], rows[-1])
+            rows[-1] = processor(torch.from_numpy(text)[None], rows[-1])
     before = LOGITS.copy()
-    np.testing.assert_allclose(process_logits(LOGITS, cfg, SEEN), torch.cat(rows), rtol=1e-5)
+    np.testing.assert_allclose(process_logits(LOGITS, cfg, TEXTS), torch.cat(rows), rtol=1e-5)
     logits = LOGITS.copy()
     logits[:, 0] = 100.0  # U+FFFD is by far the likeliest, and must not decide about the others
-    ids = np.stack([drawn(logits, seed, SEEN, **settings) for seed in range(20)])
+    ids = np.stack([drawn(logits, seed, TEXTS, **settings) for seed in range(20)])
     assert ids.shape == (20, 6) and ids.min() > 0 and (before == LOGITS).all()
 
 
@@ -61,9 +65,25 @@ def test_greedy(settings):
     """Catches a greedy choice that is not the likeliest, and temperatures that overflow."""
     expected = LOGITS[:, 1:].argmax(-1) + 1
     assert (drawn(LOGITS, **settings) == expected).all()
-    seen = np.zeros_like(SEEN)
-    seen[range(6), expected] = True
-    assert (drawn(LOGITS, seen=seen, repetition_penalty=100.0, **settings) != expected).all()
+    texts = expected[:, None]
+    assert (drawn(LOGITS, texts=texts, repetition_penalty=100.0, **settings) != expected).all()
+    assert (drawn(LOGITS, texts=texts, no_repeat_ngram_size=1, **settings) != expected).all()
+
+
+def test_no_piece_occurs_twice(tiny):
+    """Catches a loop at temperature 0, in a batch and beyond the context, and a text that ends
+    where every character would repeat something."""
+    model = load(tiny)
+    looping = model.generate("the", temperature=0.0, max_new=400)
+    n = 8
+    for text in (
+        looping,
+        model.generate("the", temperature=0.0, max_new=400, no_repeat_ngram_size=n),
+    ):
+        pieces = [text[i : i + n] for i in range(len(text) - n + 1)]
+        assert (len(set(pieces)) == len(pieces)) == (text != looping)
+    assert len(model.generate("the", max_new=2_000, no_repeat_ngram_size=1)) == 2_000
+    assert "\ufffd" not in model.generate("the", max_new=500, no_repeat_ngram_size=1)
 
 
 def test_frequencies():
@@ -90,8 +110,8 @@ def test_every_step_equals_the_uncached_path(monkeypatch, T, length, batch):
     text = np.random.default_rng(7).integers(1, 20, (batch, length + 30))
     text[:, :length] = text[0, :length]
 
-    def forced(logits, cfg, rngs, seen):
-        steps.append((logits.copy(), seen.copy()))
+    def forced(logits, cfg, rngs, texts):
+        steps.append((logits.copy(), texts.copy()))
         return text[:, length + len(steps) - 1]
 
     monkeypatch.setattr(anexagpt, "sample", forced)
@@ -104,10 +124,10 @@ def test_every_step_equals_the_uncached_path(monkeypatch, T, length, batch):
         if n - start > T:  # the context is full: its first half goes
             start += T // 2
         if n >= length:
-            logits, seen = steps[n - length]
+            logits, texts = steps[n - length]
             expected = model(torch.from_numpy(text[:, start:n]))[:, -1]
             np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
-            assert [set(row.nonzero()[0]) for row in seen] == [set(row[:n]) for row in text]
+            assert (texts == text[:, :n]).all()
 
 
 @pytest.fixture(scope="module")
