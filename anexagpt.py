@@ -2301,18 +2301,21 @@ class ProgressDisplay:
         if is_shown:
             log_run(trainer)
 
+    def seconds_per_step(self) -> float:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return seconds / max(1, self.trainer.steps_done - self.first_step)
+
     def metrics(self) -> tuple[str, float, str]:
         """Step and losses, characters per second, speed and time left: within 60 columns."""
         t = self.trainer
-        speed = (t.steps_done - self.first_step) / max(time.monotonic() - self.started, 1e-9)
-        seconds_left = int((t.cfg.max_steps - t.steps_done) / speed)
+        seconds_left = int((t.cfg.max_steps - t.steps_done) * self.seconds_per_step())
         left = str(timedelta(seconds=seconds_left)).removeprefix("0:")
         last = t.history[-1] if t.history else Evaluation(0, math.nan, math.nan)
         training_loss = last.training_loss
         if t.steps_done > last.step:
             training_loss = float(t.loss_sum) / (t.steps_done - last.step)
         losses = f"train {training_loss:.3f} val {last.validation_loss:.3f}".replace("nan", "  -  ")
-        char_rate = speed * t.cfg.batch_size * t.network.config.block_size
+        char_rate = t.cfg.batch_size * t.network.config.block_size / self.seconds_per_step()
         steps = f"{t.steps_done:,}/{t.cfg.max_steps:,}"
         return f"{steps} {losses}", char_rate, f"{char_rate:,.0f} char/s {left} left"
 
@@ -2332,6 +2335,12 @@ class ProgressDisplay:
     def on_evaluation(self, t: Trainer) -> None:
         """Report an evaluation with a sample of what the model writes."""
         losses, char_rate, left = self.metrics()
+        seconds_left = (t.cfg.max_steps - t.steps_done) * self.seconds_per_step()
+        if self.is_shown and t.steps_done == 50 and seconds_left > 600:
+            log(
+                f"NOTE: this run takes about {seconds_left / 60:.0f} minutes. A smaller `max_steps`"
+            )
+            log("ends it sooner; after Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
             sample = " ".join(model.generate(max_new=80, seed=0).split())
@@ -2521,6 +2530,7 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
 class Unfinished(NamedTuple):
     """A run to resume."""
 
+    path: Path
     metadata: Metadata
     tensors: dict[str, Tensor]
 
@@ -2559,7 +2569,7 @@ class RunFiles:
         if os.path.lexists(path):  # even with `restart`, which removes it
             fix = "move it away, or choose another `out`"
             self.checkpoint.written = file_id(path)
-            unfinished = Unfinished(*read_file(path, fix))
+            unfinished = Unfinished(path, *read_file(path, fix))
             is_one = is_checkpoint(unfinished.tensors)
             require(is_one, f"{path}: is a model, not a checkpoint; {fix}")
         if restart:
@@ -2682,7 +2692,12 @@ def make_trainer(
         trainer.network.load_state_dict(weights)
         trainer.ema.load_state_dict(weights)
     if plan.unfinished:
-        trainer.load_state_dict(plan.unfinished.tensors, plan.unfinished.metadata)
+        path, metadata, tensors = plan.unfinished
+        try:
+            trainer.load_state_dict(tensors, metadata)
+        except UserError as error:
+            fix = "move it away, or discard it with `restart`"
+            raise UserError(f"{path}: cannot be resumed, {error}; {fix}") from None
     return trainer
 
 

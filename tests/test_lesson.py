@@ -242,6 +242,11 @@ def test_checkpoint_of_another_shape(cli):
     metadata = trainer.metadata()
     trainer.load_state_dict(tensors, metadata)
     name = "muon.h.0.attn.c_proj.weight"
+    stopped = anexagpt.Unfinished(Path("x.checkpoint"), metadata, {})
+    plan = anexagpt.Plan(GPTConfig(**SHAPE), TrainConfig(max_steps=9), None, stopped)
+    with pytest.raises(anexagpt.UserError, match=r"x\.checkpoint: cannot be resumed.*`restart`"):
+        ctx = anexagpt.DistributedContext()
+        anexagpt.make_trainer(plan, Corpus.from_text(prose(250)), "cpu", torch.float32, ctx)
     for wrong in (tensors[name].reshape(32, 128), None):
         changed = dict(tensors)
         changed.pop(name)

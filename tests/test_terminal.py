@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -248,6 +249,19 @@ def test_progress_off_a_terminal(cli, tmp_path):
     quiet = cli("train", "prose.txt", *TINY, "--max-steps", 2, "--restart", "--quiet").err
     assert "/2 " not in quiet and "epochs" not in quiet
     assert quiet.endswith("Training finished...\nModel saved to model.safetensors\n")
+
+
+def test_long_run_says_how_to_shorten_it(cli, monkeypatch):
+    """Catches a user who waits a quarter of an hour without knowing what can be done."""
+    Path("prose.txt").write_text(prose(700))
+    clock = time.monotonic
+    started = clock()
+    for factor, notes in ((1, 0), (1_000, 1)):
+        monkeypatch.setattr(time, "monotonic", lambda f=factor: started + f * (clock() - started))
+        with interrupt_at(60):
+            result = cli("train", "prose.txt", *TINY, "--max-steps", 9_999, "--restart")
+        assert result.status == 130 and result.err.count("NOTE: this run takes about") == notes
+        assert ("--max-steps" in result.err) == bool(notes)
 
 
 def test_tensorboard(cli):
