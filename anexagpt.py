@@ -2338,9 +2338,9 @@ class ProgressDisplay:
         seconds_left = (t.cfg.max_steps - t.steps_done) * self.seconds_per_step()
         if self.is_shown and t.steps_done == 50 and seconds_left > 600:
             log(
-                f"NOTE: this run takes about {seconds_left / 60:.0f} minutes. A smaller `max_steps`"
+                f"NOTE: this run takes about {seconds_left / 60:.0f} minutes; fewer max-steps make it"
             )
-            log("ends it sooner; after Ctrl-C, chat and generate can use its checkpoint.")
+            log("shorter, and after Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
             sample = " ".join(model.generate(max_new=80, seed=0).split())
