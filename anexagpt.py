@@ -2337,10 +2337,9 @@ class ProgressDisplay:
         losses, char_rate, left = self.metrics()
         seconds_left = (t.cfg.max_steps - t.steps_done) * self.seconds_per_step()
         if self.is_shown and t.steps_done == 50 and seconds_left > 600:
-            log(
-                f"NOTE: this run takes about {seconds_left / 60:.0f} minutes; fewer max-steps make it"
-            )
-            log("shorter, and after Ctrl-C, chat and generate can use its checkpoint.")
+            minutes = round(seconds_left / 60)
+            log(f"NOTE: this run takes about {minutes} minutes. Fewer max-steps make it shorter;")
+            log("and after Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
             sample = " ".join(model.generate(max_new=80, seed=0).split())
