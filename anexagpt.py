@@ -1118,12 +1118,14 @@ class StopFilter:
 # ---- Model ---------------------------------------------------------------------------------------
 
 
+def spell_out(c: str) -> str:
+    r"""A character as an escape sequence: \n or \u200b."""
+    return c.encode("unicode_escape", "surrogatepass").decode()
+
+
 def printable(text: str) -> str:
-    r"""`text` with line ends and other invisible characters spelled out, as \n or \u200b."""
-    spelled = []
-    for c in text:
-        spelled.append(c if c.isprintable() else c.encode("unicode_escape").decode())
-    return "".join(spelled)
+    """`text` with line ends and other invisible characters spelled out."""
+    return "".join(c if c.isprintable() else spell_out(c) for c in text)
 
 
 @dataclass(frozen=True)
@@ -1341,7 +1343,6 @@ from bisect import bisect_left
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from urllib.parse import urlsplit
 
 try:
     import charset_normalizer
@@ -1436,22 +1437,15 @@ class NumpyDecoder:
         weight = linear.weight - linear.weight.mean(0)
         return weight.numpy(), (linear.bias - linear.bias.mean()).numpy()
 
-    def prepare(self, block: Block) -> tuple:
-        c_attn, c_attn_bias = self.fold(
-            block.ln_1, block.attn.c_attn.weight, block.attn.c_attn.bias
-        )
+    def prepare(self, block: Block) -> tuple[ndarray, ...]:
+        attn, mlp = block.attn, block.mlp
+        c_attn, c_attn_bias = self.fold(block.ln_1, attn.c_attn.weight, attn.c_attn.bias)
         C = c_attn.shape[1]
-        scale = (C // self.network.config.n_head) ** -0.5  # of the scores, goes into the queries
+        scale = (C // attn.n_head) ** -0.5  # of the scores, goes into the queries
         c_attn[:C] *= scale
         c_attn_bias[:C] *= scale
-        c_fc = self.fold(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-        return (
-            c_attn,
-            c_attn_bias,
-            *self.center(block.attn.c_proj),
-            *c_fc,
-            *self.center(block.mlp.c_proj),
-        )
+        c_fc = self.fold(block.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)
+        return c_attn, c_attn_bias, *self.center(attn.c_proj), *c_fc, *self.center(mlp.c_proj)
 
     def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
         if len(ids) > 1 or self.is_equal is False or network is not self.network:
@@ -1592,9 +1586,9 @@ class DistributedTrainer(Trainer):
     def validate(self) -> float:
         T = self.network.config.block_size
         n_windows = math.ceil((len(self.val_ids) - 1) / T)
-        first, last = (
-            np.array([self.ctx.rank, self.ctx.rank + 1]) * n_windows // self.ctx.world_size
-        )
+        rank, world_size = self.ctx
+        first = rank * n_windows // world_size
+        last = (rank + 1) * n_windows // world_size
         part = self.val_ids[first * T : last * T + 1]
         total = torch.zeros(2, dtype=torch.float64)
         if part[1:].any():
@@ -1749,12 +1743,12 @@ def file_id(path: Path) -> tuple | None:
 
 def free_name(path: Path, word: str) -> Path:
     """`path` with a word before its last suffix, so that no such file exists."""
-    for i in range(1, 10**6):
-        number = "" if i == 1 else str(i)
+    name = path.with_name(f"{path.stem}.{word}{path.suffix}")
+    number = 1
+    while os.path.lexists(name):
+        number += 1
         name = path.with_name(f"{path.stem}.{word}{number}{path.suffix}")
-        if not os.path.lexists(name):
-            return name
-    raise UserError(f"{path}: a million names are taken; choose another folder")
+    return name
 
 
 def save_error(error: Exception) -> str:
@@ -1934,19 +1928,9 @@ CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
 LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
-COMMON_ENCODINGS = [
-    "utf_8",
-    "utf_16",
-    "utf_16_le",
-    "utf_16_be",
-    "cp1252",
-    "cp1250",
-    "cp1251",
-    "cp1253",
-    "cp1254",
-    "koi8_r",
-]
-COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1255", "cp1256"]
+COMMON_ENCODINGS = ["utf_8", "utf_16", "utf_16_le", "utf_16_be", "koi8_r"]
+COMMON_ENCODINGS += ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"]
+COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
 TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
@@ -1957,13 +1941,7 @@ def is_url(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """A URL without user, password, query and fragment, which may be secret; other names as is."""
-    if not is_url(name):
-        return name
-    try:
-        parts = urlsplit(name)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    except ValueError:
-        return re.sub(r"(?<=//)[^/]*@|[?#].*", "", name)
+    return re.sub(r"(?s)(?<=://)[^/?#]*@|[?#].*", "", name) if is_url(name) else name
 
 
 def sha256_of(path: Path) -> str:
@@ -1998,7 +1976,7 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     text = path.read_bytes()
     start = text[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     is_page = start.startswith((b"<!doctype html", b"<html")) or type.startswith("text/html")
-    wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
+    wants_page = public_name(url).lower().endswith((".html", ".htm"))
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
     words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
@@ -2248,11 +2226,7 @@ STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u20
 
 def escape_control(text: str) -> str:
     """`text` with control and bidirectional characters escaped, which could steer a terminal."""
-
-    def spell(match: re.Match) -> str:
-        return match[0].encode("unicode_escape", "surrogatepass").decode()
-
-    return re.sub(STEERING, spell, text)
+    return re.sub(STEERING, lambda match: spell_out(match[0]), text)
 
 
 def first_line(error: Exception) -> str:
@@ -2504,11 +2478,7 @@ def check_settings(settings: dict) -> dict:
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
     for name, value in settings.items():
         require(name in known, f"`{name}`: unknown; choose from {', '.join(known)}")
-        cls = (
-            GPTConfig
-            if name in GPTConfig.__dataclass_fields__ and name != "dropout"
-            else TrainConfig
-        )
+        cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
         cls.check(name, value, **cls.__dataclass_fields__[name].metadata)
     if size is not None:
         require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
@@ -2711,12 +2681,11 @@ def training_lock(out: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"`out={out}`: another process trains it; {wait}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+    except (OSError, NotImplementedError) as error:  # the latter is filelock's
+        number = getattr(error, "errno", errno.ENOSYS)
+        if number not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             reason = error.strerror or "no file can be created there"
             raise UserError(f"`out={out}`: cannot be written ({reason}); {wait}") from None
-        note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
-    except NotImplementedError:  # filelock's word for a file system without locks
         note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
     try:
         yield
@@ -2922,12 +2891,8 @@ MAX_VIEW = 2_000  # characters that a view shows
 
 
 def spell_invisible(text: str) -> str:
-    r"""`text` with what moves the cursor or has no width spelled out, as \n or \u0301."""
-    spelled = []
-    for c in text:
-        is_visible = c.isprintable() and cell_len(c) > 0
-        spelled.append(c if is_visible else c.encode("unicode_escape").decode())
-    return "".join(spelled)
+    """`text` with what moves the cursor or has no width, as a combining mark, spelled out."""
+    return "".join(c if cell_len(c) > 0 else spell_out(c) for c in printable(text))
 
 
 def annotate(text: str, styles: list[str], notes: list[str], width: int) -> Text:
@@ -3523,7 +3488,6 @@ def export(
     model: Model, folder: Path | None, gguf: Path | None, license: str, half: bool, force: bool
 ) -> None:
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
-    require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
     source = model.path.resolve()
     for path in filter(None, (folder, gguf)):
@@ -3820,12 +3784,11 @@ def cmd_explain(args: argparse.Namespace) -> None:
     model.prompt_ids(text)  # an error if none of it is known
     cfg = SampleConfig.pick(picked(args, SampleConfig))
     console = PlainConsole(stderr=False)
-    layer = args.layer or str(model.network.config.n_layer)
     views = {
         "tokens": lambda: view_tokens(model, text, console),
         "probs": lambda: view_probs(model, text, cfg, console),
         "why": lambda: view_why(model, text, "", console),
-        "attn": lambda: view_attn(model, text, layer, args.head, console),
+        "attn": lambda: view_attn(model, text, args.layer, args.head, console),
     }
     with console.capture() as output:  # so that an error comes before all of them
         for i, name in enumerate(args.view or VIEWS):
@@ -3889,8 +3852,7 @@ def cmd_export(args: argparse.Namespace) -> None:
         gguf = Path(others.pop())
     require(len(others) <= 1, f"unexpected argument '{printable(' '.join(others[1:]))}'")
     folder = Path(others[0]) if others else None
-    is_asked = folder or gguf
-    require(is_asked, "give a folder for transformers, --gguf FILE, or both")
+    require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
     model = load(take_model(args, models))
     export(model, folder, gguf, args.license, args.f16, args.force)
 
