@@ -1707,7 +1707,7 @@ def publish(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file one tensor at a time; the library needs twice the memory."""
+    """Write a safetensors file. The library's writer has random order, and errors of its own."""
     entries = {"__metadata__": header}
     end = 0
     for name, tensor in tensors.items():
@@ -1820,7 +1820,19 @@ def check_metadata(m: Metadata) -> None:
     require(is_ordered and is_within, "its history is malformed")
 
 
-def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[str, Tensor]]:
+class SavedFile(NamedTuple):
+    """Content of a model file or a checkpoint."""
+
+    path: Path
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return "loss_sum" in self.tensors
+
+
+def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
         out = str(path).removesuffix(CHECKPOINT_SUFFIX)
@@ -1839,7 +1851,7 @@ def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[s
             n_bytes = 4 * metadata.config.n_parameters()
             require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
             file.seek(0)  # read, not mapped: the file may be replaced while it is in use
-            return metadata, safetensors.torch.load(file.read())
+            return SavedFile(path, metadata, safetensors.torch.load(file.read()))
     except KeyError as error:
         reason = f"it has no {error}"
     except (AttributeError, LookupError, RecursionError, TypeError) as error:
@@ -1848,10 +1860,6 @@ def read_file(path: Path, fix: str = "fetch it again") -> tuple[Metadata, dict[s
         reason = first_line(error)
     reason = printable(reason)[:200]
     raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}")
-
-
-def is_checkpoint(tensors: dict[str, Tensor]) -> bool:
-    return "loss_sum" in tensors
 
 
 def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> Model:
@@ -1879,7 +1887,8 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
         raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
     network.load_state_dict(weights)
     require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
-    model = Model(network.to(device).eval(), Tokenizer(metadata.characters), metadata, path)
+    network = network.to(select_device(device)[0]).eval()
+    model = Model(network, Tokenizer(metadata.characters), metadata, path)
     if not plain:
         use_fast_paths(model)
     return model
@@ -2392,10 +2401,9 @@ class SignalCatcher:
     def __enter__(self) -> SignalCatcher:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    before = signal.signal(number, self.handle)
-                    self.handlers_before.setdefault(number, before)
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self.handlers_before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -2496,14 +2504,6 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
     return ", ".join(differing)
 
 
-class Unfinished(NamedTuple):
-    """A run to resume."""
-
-    path: Path
-    metadata: Metadata
-    tensors: dict[str, Tensor]
-
-
 def output_path(out: str | Path) -> Path:
     """raises: UserError unless a model and all that its run writes beside it can be there"""
     out = Path(out).expanduser()
@@ -2530,7 +2530,7 @@ class RunFiles:
         self.model = RunFile(output_path(out))
         self.checkpoint = RunFile(checkpoint_path(self.model.path))
 
-    def find_checkpoint(self, asked: dict, restart: bool) -> Unfinished | None:
+    def find_checkpoint(self, asked: dict, restart: bool) -> SavedFile | None:
         """The run to resume, None for a new one.  raises: UserError if it must not begin"""
         out = self.model.path
         path = self.checkpoint.path
@@ -2538,13 +2538,12 @@ class RunFiles:
         if os.path.lexists(path):  # even with `restart`, which removes it
             fix = "move it away, or choose another `out`"
             self.checkpoint.written = file_id(path)
-            unfinished = Unfinished(path, *read_file(path, fix))
-            is_one = is_checkpoint(unfinished.tensors)
-            require(is_one, f"{path}: is a model, not a checkpoint; {fix}")
+            unfinished = read_file(path, fix)
+            require(unfinished.is_checkpoint, f"{path}: is a model, not a checkpoint; {fix}")
         if restart:
             return None
         if out.exists():
-            done, _ = read_file(out)
+            done = read_file(out).metadata
             run = f"{done.text_names}, {done.step:,} steps"
             if diff := config_diff(asked, done.settings()):
                 run += f" ({diff})"
@@ -2618,10 +2617,10 @@ class Plan(NamedTuple):
     config: GPTConfig
     cfg: TrainConfig
     init: Model | None
-    unfinished: Unfinished | None
+    unfinished: SavedFile | None
 
 
-def make_plan(asked: dict, unfinished: Unfinished | None) -> Plan:
+def make_plan(asked: dict, unfinished: SavedFile | None) -> Plan:
     """raises: UserError
 
     A setting is what was asked for, else that of the unfinished run, else that of `init`.
@@ -2773,7 +2772,7 @@ def use_fast_training(trainer: Trainer) -> None:
 
 
 def train(
-    data: str | list[str] | None = None,
+    data: str | Path | Iterable[str | Path] | None = None,
     *,
     text: str | None = None,
     out: str | Path | None = None,
@@ -2798,9 +2797,9 @@ def train(
     raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
     """
     asked = check_settings(settings)
-    names = [str(data)] if isinstance(data, (str, Path)) else data
+    names = [str(data)] if isinstance(data, (str, Path)) else list(map(str, data or ()))
     require(text is None or not names, "`data` and `text`: give only one of them")
-    selected, number_format = select_device(device, dtype)
+    selected, _ = select_device(device, dtype)
     files = RunFiles(out) if out is not None else None
     with ExitStack() as stack:
         ctx = stack.enter_context(init_distributed(selected))
@@ -2820,10 +2819,10 @@ def train(
                 found = saved_names(unfinished.metadata) if unfinished and not names else names
                 folder = files.model.path.parent if files else None
                 corpus = load_corpus(found, encoding, replace_errors, folder)
-            saved_dtype = unfinished.metadata.training.get("dtype") if unfinished else None
-            is_saved = dtype == "auto" and saved_dtype is not None  # the format of the run
-            chosen = getattr(torch, str(saved_dtype), torch.float32) if is_saved else number_format
-            return make_trainer(plan, corpus, selected, chosen, ctx)
+            wanted = dtype
+            if unfinished and dtype == "auto":
+                wanted = unfinished.metadata.training.get("dtype", "auto")
+            return make_trainer(plan, corpus, *select_device(device, wanted), ctx)
 
         trainer = ctx.on_all_ranks(prepare)
         ctx.check_equal(repr(trainer.metadata()))
@@ -3015,14 +3014,10 @@ def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
     for i in surprise.argsort(kind="stable")[:-4:-1]:
         before = prompt + text[:i]
         probs = model.next_characters(before)
-        best = probs.argmax()
-        likeliest = (
-            f"('{spell_invisible(model.tokenizer.characters[best])}' {-np.log2(probs[best]):.1f})"
-        )
-        context = spell_invisible(before[-width:])
-        console.print(
-            f"'{spell_invisible(text[i])}' {surprise[i]:.1f} bits {likeliest} after '{context}'"
-        )
+        best = spell_invisible(model.tokenizer.characters[probs.argmax()])
+        likeliest = f"('{best}' {-np.log2(probs.max()):.1f})"
+        found = f"'{spell_invisible(text[i])}' {surprise[i]:.1f} bits"
+        console.print(f"{found} {likeliest} after '{spell_invisible(before[-width:])}'")
 
 
 def view_attn(model: Model, text: str, layer: str, head: str, console: Console) -> None:
@@ -3160,7 +3155,7 @@ class Chat:
 
     def switch_model(self, file: str) -> None:
         path = Path(file.strip()).expanduser()
-        self.model = load(path, self.model.network.device)
+        self.model = load(path, self.model.network.device.type)
         log(f"{file}: {self.model.metadata}")
 
     def tokens(self, text: str) -> None:
@@ -3613,7 +3608,8 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
-    ("run train", "--size", dict(choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
+    ("run train", "--size",
+     dict(default=argparse.SUPPRESS, choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
     ("run train", "--restart", dict(**FLAG, help="start anew; a finished model is renamed")),
     ("run train", "--quiet", dict(**FLAG, help="show no progress")),
     ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="folder for its logs")),
@@ -3658,13 +3654,14 @@ def build_parser(name: str) -> Parser:
     return parser
 
 
-def picked(args: argparse.Namespace, *configs: type) -> dict:
-    """Those fields of configs that were given as options."""
-    names = {setting.name for config in configs for setting in fields(config)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
-    return given
+def training_settings(args: argparse.Namespace) -> dict:
+    """Size, shape and training settings that were given as options."""
+    names = {"size", *GPTConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def sampling_settings(args: argparse.Namespace) -> SampleConfig:
+    return SampleConfig.pick(vars(args) | {"stop": tuple(getattr(args, "stop", ()))})
 
 
 def take_model(args: argparse.Namespace, words: list[str]) -> Path:
@@ -3690,9 +3687,6 @@ def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> M
 
 
 def cmd_train(args: argparse.Namespace, hint: str = "") -> None:
-    settings = picked(args, GPTConfig, TrainConfig)
-    if args.size:
-        settings["size"] = args.size
     # torchrun repeats the command line after a failure: --restart was asked for once.
     is_repeated = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with SignalCatcher() as signals:
@@ -3708,7 +3702,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> None:
             plain=args.plain,
             tensorboard=args.tensorboard,
             should_stop=signals,
-            **settings,
+            **training_settings(args),
         )
         if is_checkpoint_path(model.path):
             log(f"Stopped at step {model.metadata.step:,}, saved in {model.path}.")
@@ -3734,12 +3728,12 @@ def cmd_run(args: argparse.Namespace) -> None:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     out = args.out
     names = [public_name(name) for name in args.data + args.words]
-    asked = check_settings(picked(args, GPTConfig, TrainConfig))
+    asked = check_settings(training_settings(args))
     is_done = out.exists() and not args.restart
     if is_done:
-        m, _ = read_file(out)
+        m = read_file(out).metadata
         is_done = not config_diff(asked, m.settings()) and names in ([], m.data.names)
-    sampling = SampleConfig.pick(picked(args, SampleConfig) | {"seed": None})  # of the training
+    sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")
     else:  # which refuses to train over a finished model
@@ -3748,7 +3742,7 @@ def cmd_run(args: argparse.Namespace) -> None:
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
-    sampling = SampleConfig.pick(picked(args, SampleConfig))
+    sampling = sampling_settings(args)
     path = take_model(args, args.words)
     model = load_model(path, args)
     log(f"{path}: {model.metadata}. /help lists the commands.")
@@ -3757,7 +3751,7 @@ def cmd_chat(args: argparse.Namespace) -> None:
 
 def cmd_generate(args: argparse.Namespace) -> None:
     require(args.words, "give a prompt, the text to continue")
-    cfg = SampleConfig.pick(picked(args, SampleConfig))
+    cfg = sampling_settings(args)
     text = args.words[0]
     if text == "-":  # the way to have line ends in a prompt on Windows
         text = sys.stdin.read().removesuffix("\n")
@@ -3782,7 +3776,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
     text = args.words[0]
     model = load_model(take_model(args, args.words[1:]), args)
     model.prompt_ids(text)  # an error if none of it is known
-    cfg = SampleConfig.pick(picked(args, SampleConfig))
+    cfg = sampling_settings(args)
     console = PlainConsole(stderr=False)
     views = {
         "tokens": lambda: view_tokens(model, text, console),
@@ -3825,7 +3819,8 @@ def cmd_eval(args: argparse.Namespace) -> None:
 
 def cmd_info(args: argparse.Namespace) -> None:
     path = take_model(args, args.words)
-    m, tensors = read_file(path)
+    saved = read_file(path)
+    m = saved.metadata
     if args.json:
         return print(json.dumps(m.entries()))
 
@@ -3833,7 +3828,7 @@ def cmd_info(args: argparse.Namespace) -> None:
         return ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)
 
     rows = {
-        "checkpoint" if is_checkpoint(tensors) else "model": f"{path}, {m}",
+        "checkpoint" if saved.is_checkpoint else "model": f"{path}, {m}",
         "network": f"{m.config.n_parameters():,} parameters: {listed(asdict(m.config))}",
         "characters": f"{len(m.characters) - 1:,}: {m.characters[1:201]}",
         "data": f"{m.text_names}, {m.data.characters:,} characters, SHA-256 {m.data.sha256}",
