@@ -69,8 +69,8 @@ if __name__ == "__main__":  # before PyTorch, whose import takes a second
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports
 
-# OpenMP's threads spin while they wait; a short time only, or a busy machine trains 3x slower.
-# Read when PyTorch is loaded, then taken back.
+# OpenMP's threads spin while they wait for each other. Long spinning makes training 3x slower on a
+# busy machine. PyTorch reads these limits when it is loaded; then they are removed again.
 SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # GNU's; Intel's and LLVM's, in ms
 ADDED_TO_ENVIRONMENT = SPIN_LIMITS.keys() - os.environ.keys()
 os.environ |= {name: SPIN_LIMITS[name] for name in ADDED_TO_ENVIRONMENT}
@@ -579,6 +579,9 @@ class TextInfo(NamedTuple):
     names: list[str]
     sha256: str
     characters: int
+
+    def __str__(self) -> str:
+        return printable(", ".join(self.names))
 
 
 class Corpus(NamedTuple):
@@ -1167,15 +1170,11 @@ class Metadata:
         """Shape and training settings by name."""
         return asdict(self.config) | self.training
 
-    @property
-    def text_names(self) -> str:
-        return printable(", ".join(self.data.names))
-
     def __str__(self) -> str:
         loss = "unknown"
         if self.validation_loss is not None:
             loss = f"{self.validation_loss:.4f} nats/char"
-        run = f"trained on {self.text_names} for {self.step:,} steps"
+        run = f"trained on {self.data} for {self.step:,} steps"
         return f"{self.config.size()}, {run}, validation loss {loss}"
 
 
@@ -1620,9 +1619,9 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         return
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = os.environ.get(name, "")
-        is_number = value.isdecimal() and int(value) < 65_536
+        is_valid = value.isdecimal() and int(value) < 65_536
         fix = "start with torchrun, or unset WORLD_SIZE"
-        require(is_number, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
+        require(is_valid, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
     require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
     require(device.type != "mps", "torchrun: its processes cannot share an MPS; add `device=cpu`")
     backend = "gloo"
@@ -2529,6 +2528,7 @@ class RunFiles:
     def __init__(self, out: str | Path):
         self.model = RunFile(output_path(out))
         self.checkpoint = RunFile(checkpoint_path(self.model.path))
+        self.next_save = math.inf  # when a checkpoint is due
 
     def find_checkpoint(self, asked: dict, restart: bool) -> SavedFile | None:
         """The run to resume, None for a new one.  raises: UserError if it must not begin"""
@@ -2544,7 +2544,7 @@ class RunFiles:
             return None
         if out.exists():
             done = read_file(out).metadata
-            run = f"{done.text_names}, {done.step:,} steps"
+            run = f"{done.data}, {done.step:,} steps"
             if diff := config_diff(asked, done.settings()):
                 run += f" ({diff})"
             fix = "To keep it: `out=FILE`. To start anew: `restart`."
@@ -2563,6 +2563,7 @@ class RunFiles:
 
     def begin(self, trainer: Trainer) -> None:
         """A resumed run says so; a new one keeps an old model, and drops an old checkpoint."""
+        self.next_save = time.monotonic() + trainer.cfg.checkpoint_interval
         out = self.model.path
         if trainer.steps_done:
             return log(f"Resuming {self.checkpoint.path} at step {trainer.steps_done:,}.")
@@ -2570,6 +2571,19 @@ class RunFiles:
             old = out.rename(free_name(out, "old"))
             log(f"{out}: renamed to {old}")
         self.checkpoint.remove()  # else a crash before the first save would revive it
+
+    def save_checkpoint(self, trainer: Trainer, is_last: bool) -> None:
+        """At most 1% of the time goes to these.  raises: UserError if the last cannot be saved"""
+        started = time.monotonic()
+        header = trainer.metadata().to_header("checkpoint")
+        if is_last:
+            return self.checkpoint.rescue(trainer.state_dict(), header)
+        try:
+            self.checkpoint.write(trainer.state_dict(), header)
+        except (OSError, MemoryError, RuntimeError) as error:
+            log(f"NOTE: {self.checkpoint.path}: not saved ({save_error(error)}); going on")
+        now = time.monotonic()
+        self.next_save = now + max(trainer.cfg.checkpoint_interval, 100 * (now - started))
 
     def save_model(self, model: Model) -> None:
         """raises: UserError"""
@@ -2600,7 +2614,7 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
 
 def check_corpus(corpus: Corpus, block_size: int) -> None:
     """raises: UserError if the text is too short, or broken"""
-    name = printable(", ".join(corpus.info.names))
+    name = str(corpus.info)
     needed = 10 * block_size + 10
     n = np.count_nonzero(corpus.ids)  # without U+FFFD
     fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller `block_size`"
@@ -2650,9 +2664,9 @@ def make_trainer(
     """Trainer of a new run, or of the unfinished one.  raises: UserError"""
     check_corpus(corpus, plan.config.block_size)
     if plan.unfinished:
-        name = printable(", ".join(corpus.info.names))
         is_same = corpus.info.sha256 == plan.unfinished.metadata.data.sha256
-        require(is_same, f"`data={name}`: not the text of the run; give that, or add `restart`")
+        fix = "give that, or add `restart`"
+        require(is_same, f"`data={corpus.info}`: not the text of the run; {fix}")
     arguments = (corpus, plan.config, plan.cfg, device, dtype)
     trainer = Trainer(*arguments) if ctx.world_size == 1 else DistributedTrainer(ctx, *arguments)
     if plan.init:
@@ -2727,40 +2741,12 @@ def log_run(t: Trainer) -> None:
         log("language: its loss says little, and the weights that are kept may not be the best.")
     init = f" of {t.cfg.init}" if t.cfg.init else ""
     log(
-        f"{m.text_names}: {n:,} characters, {len(m.characters) - 1} different; "
+        f"{m.data}: {n:,} characters, {len(m.characters) - 1} different; "
         f"{m.config.size()}{init} on {t.device.type} in {m.training['dtype']}; "
         f"{t.cfg.max_steps:,} steps of {t.cfg.batch_size:,} x {m.config.block_size:,} characters, "
         f"{epochs:,.1f} epochs, dropout {t.cfg.dropout}; "
         f"validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
     )
-
-
-class Checkpointer:
-    """Saves a run regularly, in at most 1% of the time, and when it stops."""
-
-    def __init__(self, trainer: Trainer, file: RunFile):
-        self.trainer = trainer
-        self.file = file
-        self.next_save = time.monotonic() + trainer.cfg.checkpoint_interval
-
-    def is_due(self) -> bool:
-        return time.monotonic() > self.next_save
-
-    def save(self, is_last: bool) -> None:
-        """raises: UserError if the last checkpoint of a run cannot be saved"""
-        started = time.monotonic()
-        header = self.trainer.metadata().to_header("checkpoint")
-        tensors = self.trainer.state_dict()
-        if is_last:
-            self.file.rescue(tensors, header)
-        else:
-            try:
-                self.file.write(tensors, header)
-            except (OSError, MemoryError, RuntimeError) as error:
-                log(f"NOTE: {self.file.path}: not saved ({save_error(error)}); going on")
-        now = time.monotonic()
-        interval = max(self.trainer.cfg.checkpoint_interval, 100 * (now - started))
-        self.next_save = now + interval
 
 
 def use_fast_training(trainer: Trainer) -> None:
@@ -2847,15 +2833,14 @@ def run_training(
 ) -> Model:
     """Train to the end, or until `should_stop()`; returns the best model, saved if `files`."""
     is_writer = files is not None and ctx.rank == 0
-    checkpointer = Checkpointer(trainer, files.checkpoint) if files else None
 
     def after_step(trainer: Trainer) -> bool:
         display.on_step()
-        is_due = checkpointer is not None and checkpointer.is_due()
+        is_due = is_writer and time.monotonic() > files.next_save
         stop, save = ctx.any_rank(should_stop(), is_due)
         is_unfinished = trainer.steps_done < trainer.cfg.max_steps
         if is_writer and is_unfinished and (stop or save):
-            checkpointer.save(is_last=stop)
+            files.save_checkpoint(trainer, is_last=stop)
         return stop
 
     should_stop()  # from here on a signal is a request to stop after a step
@@ -3324,7 +3309,7 @@ def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
     hub = optional("huggingface_hub")
     m = model.metadata
-    text = m.text_names
+    text = str(m.data)
     is_built_in = text in BUILT_IN
     rights = BUILT_IN[text].rights if is_built_in else "its own"
     bits = m.validation_loss / math.log(2)
@@ -3800,7 +3785,6 @@ def cmd_eval(args: argparse.Namespace) -> None:
     _, dtype = select_device(args.device, args.dtype)
     names = texts or saved_names(model.metadata)
     corpus = load_corpus(names, args.encoding, args.replace_errors)
-    name = printable(", ".join(corpus.info.names))
     part = "whole text"
     ids = corpus.ids
     if corpus.info.sha256 == model.metadata.data.sha256:
@@ -3808,11 +3792,11 @@ def cmd_eval(args: argparse.Namespace) -> None:
         _, ids = split_ids(ids)
     to_model_ids = model.tokenizer.encode(corpus.tokenizer.characters)  # (V,)
     ids = to_model_ids[ids]
-    log(f"Evaluating on {name}, {part}: {len(ids):,} characters ...")
+    log(f"Evaluating on {corpus.info}, {part}: {len(ids):,} characters ...")
     loss, n = evaluate(model.network, ids, dtype)
     losses = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char"
     perplexity = math.exp(min(loss, 700))
-    print(f"{name}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
+    print(f"{corpus.info}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
     if n_unknown := np.count_nonzero(ids == 0):
         log(f"(left out, as the model does not know them: {n_unknown:,})")
 
@@ -3831,7 +3815,7 @@ def cmd_info(args: argparse.Namespace) -> None:
         "checkpoint" if saved.is_checkpoint else "model": f"{path}, {m}",
         "network": f"{m.config.n_parameters():,} parameters: {listed(asdict(m.config))}",
         "characters": f"{len(m.characters) - 1:,}: {m.characters[1:201]}",
-        "data": f"{m.text_names}, {m.data.characters:,} characters, SHA-256 {m.data.sha256}",
+        "data": f"{m.data}, {m.data.characters:,} characters, SHA-256 {m.data.sha256}",
         "training": listed(m.training),
     }
     for name, text in rows.items():
