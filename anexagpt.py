@@ -235,6 +235,10 @@ def build_vocab(characters: Iterable[str]) -> str:
     return UNKNOWN + "".join(sorted({*characters} - {UNKNOWN}))
 
 
+def unify_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def code_points(text: str) -> ndarray:
     """Unicode code points of `text` (N,)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<i4")
@@ -275,7 +279,7 @@ class Tokenizer:
         """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
         changes = {}
         parts = []
-        for cluster in split_clusters(prompt.replace("\r\n", "\n").replace("\r", "\n")):
+        for cluster in split_clusters(unify_newlines(prompt)):
             known = cluster
             if not self.known.issuperset(cluster):
                 known = self.equivalent(cluster)
@@ -593,6 +597,7 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, name: str = "text") -> Corpus:
+        text = unify_newlines(text)
         tokenizer = Tokenizer(build_vocab(text))
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         return cls(TextInfo([name], sha256, len(text)), tokenizer, tokenizer.encode(text))
@@ -1195,7 +1200,8 @@ class Model:
         if len(losses) < 2:
             return f"Model: {self.metadata}"
         span = max(losses) - min(losses) + 1e-9
-        levels = [int(8 * (loss - min(losses)) / span) for loss in losses]
+        shown = losses[:: 1 + len(losses) // 60]
+        levels = [int(8 * (loss - min(losses)) / span) for loss in shown]
         curve = "".join("▁▂▃▄▅▆▇█"[level] for level in levels)
         return f"Model: {self.metadata}\nvalidation loss {losses[0]:.2f} {curve} {losses[-1]:.2f}"
 
@@ -1631,7 +1637,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
-    with default_signals():  # it waits for the other ranks in C++, where Python's handlers wait
+    with default_signals():  # rendezvous waits in C++, where Python's handlers do not run
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -1803,8 +1809,8 @@ def check_metadata(m: Metadata) -> None:
     is_vocab = characters == build_vocab(characters) and len(characters) == m.config.vocab_size
     require(is_vocab, "its characters are not U+FFFD and others in order")
     characters.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
-    require(type(m.data.names) is list, "its data set has no names")
-    require("".join(m.data.names), "its data set has no names")
+    has_names = type(m.data.names) is list and "".join(m.data.names)
+    require(has_names, "its data set has no names")
     require(re.fullmatch("[0-9a-f]{64}", m.data.sha256), "its sha256 is not 64 hex digits")
     require(is_number(m.data.characters), "its data set has no number of characters")
     require(type(m.training) is dict, "its training settings are malformed")
@@ -2032,7 +2038,7 @@ def download(name: str) -> Path:
     built_in = BUILT_IN.get(name, BuiltInText("", mirrors=(name,)))
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
     stem = name if name in BUILT_IN else digest[:16]
-    file_name = f"anexa-{stem}.txt"  # which no file of the user has
+    file_name = f"anexa-{stem}.txt"  # a name that no file of the user has
     for path in (CACHE / file_name, cache_folder() / file_name):
         if is_intact(path):
             log(f"Reading {path} (delete it to download the text again)")
@@ -2080,10 +2086,8 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(text.encode(), "utf-8")]
     if name == "-":
         return [Source(sys.stdin.buffer.read(), encoding)]
-    if name in BUILT_IN:
-        return [Source(download(name), "utf-8")]
-    if is_url(name):
-        return [Source(download(name), encoding)]
+    if name in BUILT_IN or is_url(name):
+        return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
     path = Path(name or "?")  # Path("") is the current folder
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
@@ -2190,18 +2194,15 @@ def load_corpus(
     They are read twice: for their vocabulary, then for their ids. Those of a long text are in a
     nameless file in `folder`, by default that for temporary files.  raises: UserError
     """
+    wanted = names or ["sherlock"]
     try:
-        sources = []
-        for name in names or ["sherlock"]:
-            sources += find_texts(name, encoding)
+        sources = [source for name in wanted for source in find_texts(name, encoding)]
     except UserError as error:
         if names:
             raise
         log(f"NOTE: {as_options(str(error))}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
-    shown = [public_name(name) for name in names or ["sherlock"]]
-    shown = ["standard input" if name == "-" else name for name in shown]
     is_present = np.zeros(0x110000, bool)
     sha256 = hashlib.sha256()
     n = n_unknown = 0
@@ -2212,9 +2213,10 @@ def load_corpus(
         n_unknown += piece.count(UNKNOWN)
     if replace_errors and n_unknown:
         log(f"NOTE: read as U+FFFD, the unknown character: {n_unknown:,} characters.")
-    all_names = printable(", ".join(shown))
+    shown = ["standard input" if name == "-" else public_name(name) for name in wanted]
+    info = TextInfo(shown, sha256.hexdigest(), n)
     is_text = is_present.sum() <= 65_535
-    require(is_text, f"`data={all_names}`: more than 65,535 different characters; is it text?")
+    require(is_text, f"`data={info}`: more than 65,535 different characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, is_present.nonzero()[0])))
     dtype = tokenizer.table.dtype
     is_long = n >= LONG_TEXT
@@ -2222,7 +2224,7 @@ def load_corpus(
         for piece in read_texts(sources, replace_errors):
             file.write(tokenizer.encode(piece))
         ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
-    return Corpus(TextInfo(shown, sha256.hexdigest(), n), tokenizer, ids)
+    return Corpus(info, tokenizer, ids)
 
 
 # ---- terminal ------------------------------------------------------------------------------------
@@ -2931,7 +2933,7 @@ def view_tokens(model: Model, text: str, console: Console) -> None:
     tokenizer = model.tokenizer
     styles = []
     notes = []
-    clusters = list(split_clusters(text.replace("\r\n", "\n").replace("\r", "\n")))
+    clusters = list(split_clusters(unify_newlines(text)))
     for cluster in clusters:
         known, _ = tokenizer.normalize_prompt(cluster)
         ids = "+".join(map(str, tokenizer.encode(known))) or "-"
@@ -3475,16 +3477,16 @@ def export(
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
         is_apart = path.resolve() not in (source, source.parent)
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
-    files = {}
+    contents = {}
     if folder:
         files = hub_files(model, folder.resolve().name, license)
-    targets = [folder / name for name in files]
-    for path in [*targets, *filter(None, [gguf])]:
+        contents = {folder / name: content for name, content in files.items()}
+    for path in [*contents, *filter(None, [gguf])]:
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
-    is_apart = not gguf or gguf.resolve() not in [path.resolve() for path in targets]
+    is_apart = not gguf or gguf.resolve() not in [path.resolve() for path in contents]
     require(is_apart, f"{gguf}: is a file of the folder; choose another name")
-    for target, content in zip(targets, files.values(), strict=True):
-        with publish(target) as temporary:
+    for path, content in contents.items():
+        with publish(path) as temporary:
             temporary.write_bytes(content)
     if folder:
         log(f"Written to {folder}: {', '.join(files)}")
