@@ -1730,11 +1730,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
-    with publish(Path(path)) as temporary:
+    with publish(user_path(path)) as temporary:
         write_tensors(temporary, tensors, header)
 
 
 Model.write_file = staticmethod(publish_tensors)
+
+
+def user_path(name: str | Path) -> Path:
+    """A path, where ~ is the home folder: no shell expands --out=~/x, or a name in Python."""
+    return Path(os.path.expanduser(name))
 
 
 def file_id(path: Path) -> tuple | None:
@@ -1873,7 +1878,7 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
     Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
     plain: without fast paths
     """
-    path = Path(path)
+    path = user_path(path)
     metadata, tensors = read_file(path)
     prefixes = ("", "transformer.", "best.", "ema.")
     prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
@@ -2088,7 +2093,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(sys.stdin.buffer.read(), encoding)]
     if name in BUILT_IN or is_url(name):
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
-    path = Path(name or "?")  # Path("") is the current folder
+    path = user_path(name or "?")  # Path("") is the current folder
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
@@ -2507,7 +2512,7 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
 
 def output_path(out: str | Path) -> Path:
     """raises: UserError unless a model and all that its run writes beside it can be there"""
-    out = Path(out).expanduser()
+    out = user_path(out)
     if out.is_symlink():  # two names of one file are one run
         out = Path(os.path.realpath(out))
     is_file = out.suffix == ".safetensors" and not out.is_dir()
@@ -3136,12 +3141,12 @@ class Chat:
         self.answer(self.prompt + self.written, echo=False)
 
     def read(self, file: str) -> None:
-        path = Path(file.strip()).expanduser()
+        path = user_path(file.strip())
         require(path.is_file(), f"/read {file}: no such file; check the spelling")  # no pipe
         self.answer("".join(read_texts([Source(path, "utf-8")])).removesuffix("\n"))
 
     def switch_model(self, file: str) -> None:
-        path = Path(file.strip()).expanduser()
+        path = user_path(file.strip())
         self.model = load(path, self.model.network.device.type)
         log(f"{file}: {self.model.metadata}")
 
@@ -3581,7 +3586,7 @@ class Parser(argparse.ArgumentParser):
 
 
 TEXTS = f"{', '.join(BUILT_IN)}, files, folders of *.txt and *.md, URLs, - for stdin"
-FILE = dict(type=Path, metavar="FILE")
+FILE = dict(type=user_path, metavar="FILE")
 FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
     ("run train", "words", dict(metavar="TEXT", help="same as --data")),
@@ -3673,7 +3678,8 @@ def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> M
     return model
 
 
-def cmd_train(args: argparse.Namespace, hint: str = "") -> None:
+def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
+    """Returns the path of the model file."""
     # torchrun repeats the command line after a failure: --restart was asked for once.
     is_repeated = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with SignalCatcher() as signals:
@@ -3702,6 +3708,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> None:
     was_stopped = signals.caught or is_checkpoint_path(model.path)  # perhaps by another rank
     if was_stopped:
         raise SystemExit(128 + (signals.caught[0] if signals.caught else signal.SIGINT))
+    return model.path
 
 
 def is_checkpoint_path(path: Path) -> bool:
@@ -3724,7 +3731,7 @@ def cmd_run(args: argparse.Namespace) -> None:
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")
     else:  # which refuses to train over a finished model
-        cmd_train(args, hint="At the prompt, /help lists the commands.")
+        out = cmd_train(args, hint="At the prompt, /help lists the commands.")
     chat_loop(load_model(out, args), sampling)
 
 

@@ -87,6 +87,9 @@ def test_home_folder(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cli(*RUN, "--out=~/x.safetensors").status == 0
     assert (tmp_path / "home" / "x.safetensors").exists() and not Path("~").exists()
+    assert "already" not in cli("--out=~/x.safetensors").err  # it opens the prompt
+    anexagpt.load("~/x.safetensors").save("~/y.safetensors")
+    assert "no such file" in cli("chat", "~/y.safetensors", stdin="/read ~nobody\n").err
 
 
 MOUNTS = {  # calls that a cloud mount or a container refuses, and the error
