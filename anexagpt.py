@@ -1879,7 +1879,7 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
     plain: without fast paths
     """
     path = user_path(path)
-    metadata, tensors = read_file(path)
+    _, metadata, tensors = read_file(path)
     prefixes = ("", "transformer.", "best.", "ema.")
     prefix = next((p for p in prefixes if f"{p}wte.weight" in tensors), "")
     weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

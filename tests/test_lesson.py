@@ -242,7 +242,7 @@ def test_checkpoint_of_another_shape(cli):
     metadata = trainer.metadata()
     trainer.load_state_dict(tensors, metadata)
     name = "muon.h.0.attn.c_proj.weight"
-    stopped = anexagpt.Unfinished(Path("x.checkpoint"), metadata, {})
+    stopped = anexagpt.SavedFile(Path("x.checkpoint"), metadata, {})
     plan = anexagpt.Plan(GPTConfig(**SHAPE), TrainConfig(max_steps=9), None, stopped)
     with pytest.raises(anexagpt.UserError, match=r"x\.checkpoint: cannot be resumed.*`restart`"):
         ctx = anexagpt.DistributedContext()
