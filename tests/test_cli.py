@@ -184,6 +184,11 @@ def test_every_sampling_option(model, cli):
     assert len(texts) == 1 + len(changed)
 
 
+def test_size_of_a_finished_model(model, cli):
+    """Catches --size that is ignored where a model is there, so that a small one is opened."""
+    assert cli("--size", "medium").is_error("--n-layer 1, not 6", "--restart")
+
+
 def test_run_answers_afresh(model, cli):
     """Catches a seed of the training that is also that of each answer."""
     out = cli("--seed", 1337, "--max-new", 40, stdin="the\nthe\n").out

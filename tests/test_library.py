@@ -31,6 +31,19 @@ def process_state() -> tuple:
     return torch.get_rng_state().tolist(), torch.get_num_threads(), handlers, dict(os.environ)
 
 
+def test_ways_to_name_a_text_and_a_device():
+    """Catches paths that are no strings, a string that is not read as a file with the same text
+    is, and devices that train() takes and load() does not."""
+    Path("a.txt").write_bytes(TEXT.encode().replace(b"\n", b"\r\n"))
+    by_path = train([Path("a.txt")], **SMALL)
+    by_text = train(text=TEXT.replace("\n", "\r\n"), **SMALL)
+    assert by_path.metadata.data.sha256 == by_text.metadata.data.sha256
+    by_path.save("m.safetensors")
+    assert load("m.safetensors", device="auto").metadata == by_path.metadata
+    with pytest.raises(UserError, match="device=tpu"):
+        load("m.safetensors", device="tpu")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_train_and_generate(capfd, dropout):
     """Catches files that nobody asked for, state of the process that is changed, output without
