@@ -142,7 +142,9 @@ class Config:
         """raises: UserError unless `value` has the type and is within the limits of the field"""
         types = field_types(cls, name)
         rule = TYPE_NAMES[types[0]]
-        is_valid = type(value) in types or (type(value) is int and float in types)
+        if float in types:
+            types += (int,)
+        is_valid = isinstance(value, types) and not isinstance(value, bool)
         if low is not None:
             rule += f" from {low:,} to {high:,}"
             is_valid = is_valid and (value is None or low <= value <= high)
@@ -2487,7 +2489,7 @@ def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch
 
 def check_settings(settings: dict) -> dict:
     """The settings that were asked for; a size stands for four.  raises: UserError"""
-    settings = dict(settings)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
     size = settings.pop("size", None)
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
     for name, value in settings.items():

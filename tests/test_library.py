@@ -39,6 +39,9 @@ def test_ways_to_name_a_text_and_a_device():
     by_text = train(text=TEXT.replace("\n", "\r\n"), **SMALL)
     assert by_path.metadata.data.sha256 == by_text.metadata.data.sha256
     by_path.save("m.safetensors")
+    tuned = train(text=TEXT, init=Path("m.safetensors"), **SMALL)
+    assert tuned.metadata.training["init"] == "m.safetensors"
+    assert tuned.generate("the ", temperature=np.linspace(0, 1, 3)[1], max_new=9)
     assert load("m.safetensors", device="auto").metadata == by_path.metadata
     with pytest.raises(UserError, match="device=tpu"):
         load("m.safetensors", device="tpu")
