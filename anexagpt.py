@@ -3505,12 +3505,13 @@ def export(
 def push(model: Model, name: str, license: str, private: bool) -> str:
     """Upload a model to the Hub; returns its address.  raises: UserError"""
     hub = optional("huggingface_hub")
+    errors = importlib.import_module("huggingface_hub.errors")
     hub.utils.logging.set_verbosity_error()  # a server's warnings, with its control characters
     try:
         hub.utils.validate_repo_id(name)
         # The token is never an option: other users see the command line.
         has_token = bool(hub.get_token())
-    except (hub.errors.HFValidationError, OSError) as error:
+    except (errors.HFValidationError, OSError) as error:
         raise UserError(f"{name}: not uploaded: {first_line(error)}") from None
     require(has_token, f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
     files = hub_files(model, name, license)  # before anything is created
@@ -3527,7 +3528,10 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
         raise
     except Exception as error:  # the client checks no answer: a bad one raises anything
         fix = "check name and connection, or 'hf auth login' with a token that may write there"
-        raise UserError(f"{name}: not uploaded: {first_line(error)}; {fix}") from None
+        reason = first_line(error)
+        if not isinstance(error, (errors.HfHubHTTPError, OSError, ValueError)):
+            reason = f"unexpected answer of the server ({reason})"
+        raise UserError(f"{name}: not uploaded: {reason}; {fix}") from None
     return f"{hub.constants.ENDPOINT}/{name}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import header, prose
+from conftest import TINY, header, interrupt_at, prose
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -417,6 +417,50 @@ def test_push_errors(trained, hub, cli, dead, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert cli("push", "me/tiny", *model).is_error("hf auth login", "HF_TOKEN")
     assert not hub.files
+
+
+def test_nothing_is_created_for_a_model_that_cannot_be_pushed(hub, cli, tmp_path):
+    """Catches an empty public repository, left behind by a checkpoint that was never evaluated."""
+    Path("t.txt").write_text(prose(300))
+    with interrupt_at(3):
+        assert cli("train", "t.txt", *TINY, "--max-steps", 99).status == 130
+    result = cli("push", "me/tiny", "--model", "model.safetensors.checkpoint")
+    assert result.is_error("not been evaluated", "50 steps") and "connection" not in result.err
+    assert hub.private is None and not hub.tokens  # nothing was asked for
+
+
+ANSWERS = {  # malformed answers of a server, by what they answer
+    "/api/repos/create": [{}, [], None, "x", 5, dict(url=5)],
+    "/api/models/me/tiny/preupload/": [{}, [], None, dict(files=5)],
+    "/api/models/me/tiny/commit/": [[], None, {}, dict(commitUrl="http://[")],
+}
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_malformed_answers(trained, hub, cli, path):
+    """Catches a traceback for what no server should say, escapes of it on a terminal, and an
+    answer without a commit that counts as success."""
+    model, respond = ["--model", trained / "model.safetensors"], hub.respond
+    for answer in ANSWERS[path]:
+
+        def malformed(command, asked, body, answer=answer):
+            if asked.startswith(path):
+                return answer, 200, dict(X_Warning="\x1b[31mred")
+            return respond(command, asked, body)
+
+        hub.respond = malformed
+        result = cli("push", "me/tiny", *model)
+        last = result.err.splitlines()[-1]
+        assert result.status == 0 or last.startswith("anexagpt.py: me/tiny: not uploaded"), result
+        assert "\x1b" not in result.err and "Traceback" not in result.err
+
+
+def test_malformed_endpoint(trained, cli, monkeypatch):
+    """Catches a traceback for an HF_ENDPOINT that is no address."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for endpoint in ("http://[", "nonsense", ""):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        assert cli("push", "me/tiny", "--model", trained / "model.safetensors").is_error("me/tiny")
 
 
 def test_without_the_packages(trained, cli, monkeypatch):
