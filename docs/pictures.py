@@ -37,7 +37,7 @@ from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
 FOLDER = HERE / "pictures"
 FIGURES = FOLDER / "figures.json"
-HEADS = {"1.2": "the preceding character", "1.4": "the character before it"}  # with captions
+HEADS = {"1.2": "the preceding character", "3.2": "often the character before it"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
 VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 2", "quit")
 
@@ -307,11 +307,11 @@ def draw_temperature(figures: dict) -> None:
     group_width = 680 / len(characters)
     bar_width = (group_width - 12) / 4
     picture = Picture(330, "Probabilities of the next character at four temperatures")
-    picture.grid(60, 740, {f"{percent}%": 270 - 7 * percent for percent in (0, 10, 20, 30)})
+    picture.grid(60, 740, {f"{percent}%": 270 - 5.5 * percent for percent in (0, 10, 20, 30, 40)})
     for i, c in enumerate(characters):
         picture.text(60 + group_width * (i + 0.5), 292, visible(c), INK, "middle", MONO)
         for j, probs in enumerate(figures["probs"].values()):
-            height = 700 * probs[i]
+            height = 550 * probs[i]
             x = 66 + group_width * i + j * bar_width
             picture.box(x, 270 - height, bar_width, height, TONES[j])
     picture.text(60, 320, f"next character after “{figures['prompt']}”, likeliest first", GREY)
