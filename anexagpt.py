@@ -2717,9 +2717,12 @@ def training_lock(out: Path) -> Iterator[None]:
 
 @contextmanager
 def training_state() -> Iterator[None]:
-    """Puts back what a training run changes in the process: random state and malloc's settings."""
+    """Puts back what a run changes in the process: random state, environment, malloc's settings."""
     devices = range(torch.cuda.device_count())
+    environment = dict(os.environ)  # PyTorch adds a folder of its compiler
     with torch.random.fork_rng(devices), ExitStack() as stack:
+        stack.callback(os.environ.update, environment)
+        stack.callback(os.environ.clear)
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned

@@ -94,3 +94,13 @@ def test_every_option_reaches_the_model_file(cli, tmp_path):
     resolved = dict.fromkeys(("batch_size", "init", "dropout", "logit_scale"))
     assert asdict(TrainConfig()) == expected | dict(max_steps=5_000) | resolved
     assert SampleConfig() == SampleConfig(0.7, 0, 1.0, 0.0, 1.0, 0, 300, (), None)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, words",
+    [(523, "99,968 parameters"), (524, "0.1 M parameters"), (12_024, "0.8 M parameters")],
+)
+def test_size_in_words(vocab_size, words):
+    """Catches a limit between numbers and millions that moves, and millions that are cut off."""
+    config = GPTConfig(vocab_size, block_size=256, n_layer=1, n_head=4, n_embd=64)
+    assert config.size() == words

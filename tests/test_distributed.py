@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, Result, prose, wait_for
 from test_faults import CHECKPOINT, MODEL, Fork, at_step, names, weights
 
@@ -198,3 +199,18 @@ def test_rank_that_is_killed():
     said += process.communicate(timeout=120)[1]
     assert process.returncode == 0 and "Resuming" in said and weights() != before, said
     assert history()[-1][0] == 400
+
+
+def test_ranks_have_their_own_dropout():
+    """Catches the same masks on all ranks, as of one window that is trained on several times."""
+    masks = []
+    for rank in (0, 1, 0):
+        trainer = anexagpt.DistributedTrainer(
+            anexagpt.DistributedContext(rank, 2),
+            anexagpt.Corpus.from_text(prose(100)),
+            anexagpt.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
+            anexagpt.TrainConfig(max_steps=2, dropout=0.5),
+        )
+        trainer.set_inputs()
+        masks.append(torch.nn.functional.dropout(torch.ones(64)).tolist())
+    assert masks[0] == masks[2] != masks[1]

@@ -258,3 +258,12 @@ def test_cuda_graph_equals_eager(cli, tiny, monkeypatch, device):
         assert cli("train", data, *options, "--out", out).status == 0
         losses.append(load(out).metadata.history)
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_empty_prompt_without_a_line_end(model):
+    """Catches a text of one line whose model begins with U+FFFD, which no training has seen."""
+    tokenizer = anexagpt.Tokenizer("\ufffd abcdefgh")
+    other = anexagpt.Model(network(GPTConfig(10, 16, 1, 2, 16)), tokenizer, model.metadata)
+    for seed in range(5):
+        text = other.generate("", seed=seed, max_new=20, temperature=1.0)
+        assert text == other.generate(" ", seed=seed, max_new=20, temperature=1.0)

@@ -1,6 +1,7 @@
 """The first part of the program, a GPT on its own, and the fast paths that replace parts of it."""
 
 import builtins
+import copy
 import symtable
 import sys
 import types
@@ -254,3 +255,48 @@ def test_checkpoint_of_another_shape(cli):
             changed[name] = wrong
         with pytest.raises(anexagpt.UserError, match=name):
             trainer.load_state_dict(changed, metadata)
+
+
+def test_an_attend_of_ones_own_is_what_writes(tiny, monkeypatch):
+    """Catches a fast attention in the place of an `attend` that a learner has given to the blocks:
+    attention() itself is as it was, so the comparison with it does not notice."""
+
+    def equal_shares(q, k, v):
+        T, S = q.shape[2], k.shape[2]
+        seen = torch.ones(T, S).tril(S - T)
+        return seen / seen.sum(1, keepdim=True) @ v
+
+    usual = anexagpt.load(tiny).generate("the big ", max_new=40, temperature=0.0)
+    monkeypatch.setattr(anexagpt.CausalSelfAttention, "attend", staticmethod(equal_shares))
+    model = anexagpt.load(tiny)
+    assert all(block.attn.attend is equal_shares for block in model.network.h)
+    ids = model.prompt_ids("the big ")
+    expected = generate(model.network, ids, 40, SampleConfig(temperature=0.0), None)
+    text = model.generate("the big ", max_new=40, temperature=0.0)
+    assert text == model.tokenizer.decode(expected[len(ids) :]) != usual
+
+
+def test_another_network_in_a_model(tiny):
+    """Catches a fast decoder that goes on with the weights of the network that a model had."""
+    model = anexagpt.load(tiny)
+    usual = model.generate("the ", max_new=40, temperature=0.0)  # the decoder is in use
+    model.network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        model.network.wte.weight.mul_(-1)
+    ids = model.prompt_ids("the ")
+    expected = generate(model.network, ids, 40, SampleConfig(temperature=0.0), None)
+    text = model.generate("the ", max_new=40, temperature=0.0)
+    assert text == model.tokenizer.decode(expected[len(ids) :]) != usual
+
+
+def test_a_loaded_model_has_no_dropout(tmp_path):
+    """Catches Model.load() that leaves a network in training mode, whose masks change a text."""
+    trainer = Trainer(
+        Corpus.from_text(prose(250)), GPTConfig(**SHAPE), TrainConfig(max_steps=3, dropout=0.5)
+    )
+    trainer.fit()
+    model = trainer.best_model()
+    model.save(tmp_path / "dropout.safetensors")
+    again = anexagpt.Model.load(tmp_path / "dropout.safetensors")
+    assert again.network.config.dropout == 0.5 and not again.network.training
+    np.testing.assert_array_equal(again.surprise("the cat ran"), model.surprise("the cat ran"))

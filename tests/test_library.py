@@ -1,5 +1,6 @@
 """The library: train() and Model from Python, in a thread, twice, and in a notebook."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -213,3 +214,11 @@ def test_in_a_notebook():
     assert "24/24" in training and "\r" in training and "\x1b" not in training
     assert len(written.strip("\n")) >= 15 and shown.startswith("Model: ")
     assert "24 steps" in info and "Traceback" not in info and run.startswith("the")
+
+
+def test_curve_in_repr(tiny):
+    """Catches a curve that lacks its highest or lowest level, or that is upside down."""
+    model = load(tiny)
+    rows = [anexagpt.Evaluation(n, 1.0, loss) for n, loss in enumerate([8, 7, 6, 5, 4, 3, 2, 1])]
+    model.metadata = dataclasses.replace(model.metadata, history=rows)
+    assert repr(model).endswith("\nvalidation loss 8.00 █▇▆▅▄▃▂▁ 1.00")

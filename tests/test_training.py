@@ -11,7 +11,17 @@ from conftest import DEVICES, TINY, header, interrupt_at, prose
 from safetensors.torch import load_file
 from test_model import by_the_formula
 
-from anexagpt import GPT, GPTConfig, TrainConfig, evaluate, load, lr_scale, newton_schulz, split_ids
+from anexagpt import (
+    GPT,
+    GPTConfig,
+    TrainConfig,
+    cross_entropy_sum,
+    evaluate,
+    load,
+    lr_scale,
+    newton_schulz,
+    split_ids,
+)
 
 OPTIONS = [*TINY, "--dropout", 0]
 
@@ -345,3 +355,13 @@ def test_overfitting_is_noticed(cli, tmp_path):
     assert round(saved["validation_loss"], 6) == min(losses) < losses[-1] - 0.1
     n = result.err.partition("NOTE: overfit")[0].count(" left | ")
     assert losses.index(min(losses)) <= n - 6  # five later evaluations were worse
+
+
+def test_loss_of_bfloat16_logits():
+    """Catches a loss that is summed in bfloat16, which has three digits: against float64."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(3, 200, 30, generator=generator)).bfloat16()
+    targets = torch.randint(30, (3, 200), generator=generator)  # some are U+FFFD, id 0
+    logp = logits.double().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
+    expected = -logp[targets != 0].sum().item()
+    assert cross_entropy_sum(logits, targets).item() == pytest.approx(expected, rel=1e-5)
