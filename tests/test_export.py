@@ -205,6 +205,21 @@ def test_nothing_is_replaced_without_force(trained, cli, tmp_path):
     assert own.read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["f32", "f16"])
+def test_number_formats(trained, name):
+    """Catches --f16 that changes nothing, or takes vectors or positions, which llama.cpp's own
+    conversion keeps in float32."""
+    tensors = {
+        t.name: t.tensor_type.name for t in gguf.GGUFReader(trained / f"{name}.gguf").tensors
+    }
+    parts = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    layers = anexagpt.load(trained / "model.safetensors").network.config.n_layer
+    matrices = {f"blk.{i}.{part}.weight" for i in range(layers) for part in parts}
+    halves = {n for n, kind in tensors.items() if kind == "F16"}
+    assert halves == (matrices | {"token_embd.weight"} if name == "f16" else set())
+    assert {kind for n, kind in tensors.items() if n not in halves} == {"F32"}
+
+
 # ---- llama.cpp ----
 
 

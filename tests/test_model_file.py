@@ -1,6 +1,7 @@
 """Model file and checkpoint: written whole or not at all, never trusted when read, never taken for
 one another, and never replaced or deleted without being asked."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, header
+from conftest import ROOT, header, interrupt_at
 from test_faults import CHECKPOINT, MODEL, OPTIONS, Fork, folder, stop, weights  # noqa: F401
 
 import anexagpt
@@ -296,3 +297,28 @@ def test_options_of_a_stopped_run(cli):
     assert cli("train", *OPTIONS, "--max-steps", 16).is_error(
         "already holds a model", "--out", "--init"
     )
+
+
+def test_tensors_are_aligned(tiny):
+    """Catches tensors at an odd address, which a reader that maps the file cannot take as float32.
+
+    The header, with its eight bytes of length in front, ends at a multiple of eight.
+    """
+    model = anexagpt.load(tiny)
+    for n in range(1, 9):  # every length of a header
+        data = model.metadata.data._replace(names=["x" * n])
+        model.metadata = dataclasses.replace(model.metadata, data=data)
+        model.save("aligned.safetensors")
+        length = int.from_bytes(Path("aligned.safetensors").read_bytes()[:8], "little")
+        assert length % 8 == 0, n
+        assert anexagpt.load("aligned.safetensors").metadata.data.names == ["x" * n]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_number_format_of_a_stopped_run(cli, dtype):
+    """Catches a run that goes on in the format that the machine prefers, instead of its own."""
+    options = OPTIONS[: OPTIONS.index("--dtype")] + OPTIONS[OPTIONS.index("--dtype") + 2 :]
+    with interrupt_at(10):
+        assert cli("train", *options, "--dtype", dtype).status == 130
+    assert cli("train", *options).status == 0
+    assert entry(MODEL, "training")["dtype"] == dtype

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,7 +163,8 @@ def test_equal_runs_give_equal_files(cli):
 
 
 def test_long_history(cli, monkeypatch):
-    """Catches a history that makes a header which our own reader refuses."""
+    """Catches a history that makes a header which our own reader refuses, and one that is thinned
+    out without its newest row."""
     trainer = anexagpt.Trainer(
         anexagpt.Corpus.from_text(Path("prose.txt").read_text()),
         anexagpt.GPTConfig(n_layer=1, n_embd=8, n_head=1, block_size=8),
@@ -171,6 +174,7 @@ def test_long_history(cli, monkeypatch):
     for step in range(1, 30_001):
         trainer.steps_done = step
         trainer.evaluate()
+        assert trainer.history[-1].step == step
     steps = [row.step for row in trainer.history]
     assert len(steps) <= 10_000 and steps == sorted(set(steps)) and steps[-1] == 30_000
     assert max(b - a for a, b in pairwise(steps)) <= 16 and steps[0] < 20
@@ -189,3 +193,31 @@ def test_export_through_a_link(cli):
     result = cli("export", "other", "--gguf", "other/model.safetensors", "--force")
     assert result.is_error("is a file of the folder")
     assert Path("mine.safetensors").read_bytes() == b"mine" and "other" not in str(names())
+
+
+def test_file_that_appears_while_a_model_is_written(cli, monkeypatch):
+    """Catches a foreign file at --out that came while the model was written, and is replaced."""
+    write = anexagpt.write_tensors
+
+    def slowly(path, *arguments):
+        write(path, *arguments)
+        if path.parent == Path.cwd():
+            MODEL.write_bytes(b"mine")
+
+    monkeypatch.setattr(anexagpt, "write_tensors", slowly)
+    result = cli(*RUN, "--quiet")
+    assert result.status == 2 and MODEL.read_bytes() == b"mine"
+    saved = re.search(r"saved to (\S+\.safetensors) instead", result.err)[1]
+    assert anexagpt.load(saved).metadata.step == 24
+    shutil.rmtree(Path(saved).parent)
+
+
+def test_leftovers_of_other_programs(cli):
+    """Catches half a file of a process that is still at work, removed as if of a killed one, and
+    one of a killed process that stays for ever: a day decides."""
+    young, old = (Path(f".anexa-{c * 12}.tmp") for c in "ab")
+    for path, hours in ((young, 23), (old, 25)):
+        path.write_bytes(b"half a file")
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    assert cli(*RUN, "--quiet").status == 0
+    assert young.exists() and not old.exists()
