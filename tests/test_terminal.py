@@ -291,3 +291,18 @@ def test_one_is_singular(tiny, cli):
     text = "\n".join(r.out + r.err for r in results)
     assert not any(r.status for r in results), text
     assert not re.search(r"(?<![\d.,/])1 (heads|characters|ids|processes)\b", text), text
+
+
+def test_chart_of_a_start_far_above():
+    """Catches losses of the first steps, above the chart's scale, that are drawn at its bottom.
+
+    The scale is of the steps from a tenth of the run on: here from 3 down to 1.
+    """
+    early = [(step, 9.0 + step, 9.0 + step) for step in (10, 20, 30)]
+    late = [(step, 3 - step / 500, 3 - step / 500) for step in range(100, 1001, 100)]
+    history = [anexagpt.Evaluation(*row) for row in early + late]
+    rows = [line[9:] for line in anexagpt.loss_chart(history).splitlines() if " |" in line]
+    assert len(rows) == 12
+    for row, *_ in (early[0], early[1], early[2]):
+        column = round(row / 1000 * 50)
+        assert [line[column : column + 1].strip() for line in rows] == ["x", *[""] * 11]

@@ -505,3 +505,13 @@ def test_parts_of_unlike_languages(cli):
             "train", "--data", name, *TINY, "--max-steps", 1, "--out", f"{name[:3]}.safetensors"
         )
         assert result.status == 0 and result.err.count("is unlike the rest") == words
+
+
+@pytest.mark.parametrize("at", [0, 3, 20, 21])
+def test_surroundings_of_a_byte_near_the_start(cli, at):
+    """Catches a message that shows nothing, or another place, for a byte near the start of a line:
+    up to 20 bytes before it and 19 after it are shown."""
+    line = b"abcdefghijklmnopqrstuvwxyz"[:at] + b"\xff" + b"0123456789" * 3
+    Path("x.txt").write_bytes(b"one line\n" + line + b"\n")
+    around = line.decode("ascii", "backslashreplace")[max(0, at - 20) :][: min(at, 20) + 4 + 19]
+    assert cli("train", *SMALL, "--data", "x.txt").is_error(f"line 2, near '{around}'")
