@@ -2719,10 +2719,8 @@ def training_lock(out: Path) -> Iterator[None]:
 def training_state() -> Iterator[None]:
     """Puts back what a run changes in the process: random state, environment, malloc's settings."""
     devices = range(torch.cuda.device_count())
-    environment = dict(os.environ)  # PyTorch adds a folder of its compiler
+    names_before = set(os.environ)  # PyTorch adds a folder of its compiler
     with torch.random.fork_rng(devices), ExitStack() as stack:
-        stack.callback(os.environ.update, environment)
-        stack.callback(os.environ.clear)
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
@@ -2731,6 +2729,8 @@ def training_state() -> Iterator[None]:
             stack.callback(libc.mallopt, -1, 128 << 10)  # their defaults
             stack.callback(libc.mallopt, -4, 65_536)
         yield
+    for name in set(os.environ) - names_before:
+        del os.environ[name]
 
 
 def is_unlike(ids: ndarray, other_ids: ndarray) -> bool:
