@@ -2728,9 +2728,11 @@ def training_state() -> Iterator[None]:
             stack.callback(libc.malloc_trim, 0)
             stack.callback(libc.mallopt, -1, 128 << 10)  # their defaults
             stack.callback(libc.mallopt, -4, 65_536)
-        yield
-    for name in set(os.environ) - names_before:
-        del os.environ[name]
+        try:
+            yield
+        finally:
+            for name in set(os.environ) - names_before:
+                del os.environ[name]
 
 
 def is_unlike(ids: ndarray, other_ids: ndarray) -> bool:
