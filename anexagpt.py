@@ -1546,8 +1546,7 @@ class DistributedContext(NamedTuple):
     def check_equal(self, text: str) -> None:
         """raises: UserError unless all ranks have the same text"""
         digest = torch.tensor(zlib.crc32(text.encode()))
-        total = self.all_reduce(digest.clone())
-        is_equal = bool(total == self.world_size * digest)
+        is_equal = self.all_reduce(digest.clone()) == self.world_size * digest
         require(is_equal, "torchrun: the ranks differ in options, text or checkpoint")
 
     def on_all_ranks(self, fn: Callable):
@@ -3027,12 +3026,8 @@ def view_attn(model: Model, text: str, layer: str, head: str, console: Console) 
         require(is_valid, f"`{name}={word}`: must be from 1 to {last}")
     layer = int(layer or config.n_layer)
     weights = model.attention(text)[layer - 1]  # (H, T, T)
-    which = "mean of heads:"
-    if head:
-        which = f"head {head} of"
-        weights = weights[int(head) - 1]  # (T, T)
-    else:
-        weights = weights.mean(0)  # (T, T)
+    which = f"head {head} of" if head else "mean of heads:"
+    weights = weights[int(head) - 1] if head else weights.mean(0)  # (T, T)
     ids = model.prompt_ids(text)[-len(weights) :]
     names = [spell_invisible(model.tokenizer.characters[i]) for i in ids]
     n = min(len(ids), max(1, console.width // 2 - 8), max(8, console.height - 4))
@@ -3466,8 +3461,7 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
     with publish(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         for name, value in gguf_entries(model, path.stem, half).items():
-            add = getattr(writer, f"add_{name}")
-            add(value)
+            getattr(writer, f"add_{name}")(value)
         for name, weight in model.network.named_parameters():
             is_half = half and weight.dim() == 2 and not name.startswith("wpe")
             weight = weight.detach().to(torch.half if is_half else torch.float)
@@ -3716,8 +3710,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
                 log(hint)
             log("Training finished...")
             log(f"Model saved to {model.path}")
-    was_stopped = signals.caught or is_checkpoint_path(model.path)  # perhaps by another rank
-    if was_stopped:
+    if signals.caught or is_checkpoint_path(model.path):  # another rank may have stopped it
         raise SystemExit(128 + (signals.caught[0] if signals.caught else signal.SIGINT))
     return model.path
 
@@ -3793,8 +3786,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
         for i, name in enumerate(args.view or VIEWS):
             if i > 0:
                 console.print()
-            show = views[name]
-            show()
+            views[name]()
     print(end=output.get(), flush=True)
 
 
