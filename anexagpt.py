@@ -247,12 +247,13 @@ def code_points(text: str) -> ndarray:
 
 
 def split_clusters(text: str) -> Iterator[str]:
-    """Each letter of `text`: a character with the combining marks that follow it."""
+    """Each letter of `text`: a character with the combining marks that follow it, at most 31."""
     start = 0
     for end in range(1, len(text) + 1):
-        is_mark = end < len(text) and unicodedata.category(text[end]).startswith("M")
-        is_syllable_part = end < len(text) and "\u1160" <= text[end] <= "\u11ff"  # of Hangul
-        if not is_mark and not is_syllable_part:
+        c = text[end : end + 1]  # "" at the end
+        is_mark = c in ("\uff9e", "\uff9f") or unicodedata.category(c or " ").startswith("M")
+        is_syllable_part = "\u1160" <= c <= "\u11ff"  # of Hangul
+        if end - start == 32 or not (is_mark or is_syllable_part):
             yield text[start:end]
             start = end
 
@@ -293,12 +294,17 @@ class Tokenizer:
     def equivalent(self, cluster: str) -> str:
         """The nearest form of a letter that the vocabulary has, or "".
 
-        In this order: composed or decomposed (Unicode's NFC and NFD), with straight quotes and
-        hyphens, in compatibility forms (NFKC and NFKD), without marks; then in the other case.
+        In this order: composed or decomposed (Unicode's NFC and NFD), composed with one of its
+        marks, with straight quotes and hyphens, in compatibility forms (NFKC and NFKD), without
+        marks; then in the other case.
         """
-        forms = [unicodedata.normalize(form, cluster) for form in ("NFC", "NFD")]
-        forms.append(forms[0].translate(EQUIVALENTS))
-        forms += [unicodedata.normalize(form, forms[2]) for form in ("NFKC", "NFKD")]
+        composed, decomposed = (unicodedata.normalize(form, cluster) for form in ("NFC", "NFD"))
+        letter, marks = decomposed[:1], decomposed[1:]
+        partly = [unicodedata.normalize("NFC", letter + m) + marks.replace(m, "") for m in marks]
+        partly = [form for form in partly if unicodedata.normalize("NFC", form) == composed]
+        straight = composed.translate(EQUIVALENTS)
+        forms = [composed, decomposed, *partly, straight]
+        forms += [unicodedata.normalize(form, straight) for form in ("NFKC", "NFKD")]
         forms.append("".join(c for c in forms[-1] if unicodedata.category(c) != "Mn"))
         forms += [form.swapcase() for form in forms]
         known_forms = (form for form in forms if form and self.known.issuperset(form))
@@ -1335,6 +1341,7 @@ def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
 
 
 import argparse
+import codecs
 import ctypes
 import errno
 import glob
@@ -1350,6 +1357,8 @@ from bisect import bisect_left
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain
+from urllib.parse import urlsplit
 
 try:
     import charset_normalizer
@@ -1775,15 +1784,17 @@ class RunFile:
 
     def write(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
         """raises: OSError"""
-        present = file_id(self.path)
-        if present not in (None, self.written):
-            other = free_name(self.path, "new")
-            log(f"NOTE: {self.path} was created by another program; saving to {other}")
-            self.path = other
+        path = self.path
+        if file_id(path) not in (None, self.written):
+            path = free_name(path, "new")
+            log(f"NOTE: {self.path} was created by another program; saving to {path}")
             self.written = None
-        with publish(self.path, replace=self.written is not None) as temporary:
+        with publish(path, replace=self.written is not None) as temporary:
             write_tensors(temporary, tensors, header)
-        self.written = file_id(self.path)
+            if file_id(path) not in (None, self.written):  # it came meanwhile
+                raise FileExistsError(errno.EEXIST, "was created by another program")
+        self.path = path
+        self.written = file_id(path)
 
     def rescue(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
         """`write`, or else save to a temporary folder.  raises: UserError"""
@@ -1846,12 +1857,13 @@ class SavedFile(NamedTuple):
 def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
-        out = str(path).removesuffix(CHECKPOINT_SUFFIX)
+        shown = public_name(str(path))  # a URL, perhaps, though it cannot be one
+        out = shown.removesuffix(CHECKPOINT_SUFFIX)
         fix = f"check the name, or train it with: python anexagpt.py train --out {out}"
         unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
         if unfinished.is_file():
             fix += f", or use its checkpoint, {unfinished}"
-        raise UserError(f"{path}: no such file; {fix}")
+        raise UserError(f"{shown}: no such file; {fix}")
     try:
         require(path.is_file(), "it is not a regular file")
         with open(path, "rb") as file:
@@ -1961,7 +1973,15 @@ def is_url(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """A URL without user, password, query and fragment, which may be secret; other names as is."""
-    return re.sub(r"(?s)(?<=://)[^/?#]*@|[?#].*", "", name) if is_url(name) else name
+    if not re.match("(?i)[a-z][a-z0-9+.-]+:/", name):
+        return name
+    scheme, _, rest = name.partition(":")
+    try:
+        parts = urlsplit(f"//{rest.lstrip('/')}")
+        port = "" if parts.port is None else f":{parts.port}"
+        return f"{scheme}://{parts.hostname or ''}{port}{parts.path}"
+    except ValueError:  # as for a password with a slash, which is taken for a port
+        return f"{scheme}://..."
 
 
 def sha256_of(path: Path) -> str:
@@ -1973,9 +1993,9 @@ def sha256_of(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for downloads: data/, or one in the home folder where this one is read-only."""
-    place = CACHE if CACHE.is_dir() else Path(".")
-    if os.access(place, os.W_OK):
+    """The folder for downloads: data/, or one in the home folder where that cannot be."""
+    place = CACHE if os.path.lexists(CACHE) else Path(".")
+    if place.is_dir() and os.access(place, os.W_OK):
         return CACHE
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "anexa"
@@ -1994,9 +2014,10 @@ def is_intact(path: Path) -> bool:
 def check_download(path: Path, url: str, type: str, ending: str) -> None:
     """raises: UserError for half a text, or for a web page in its place"""
     text = path.read_bytes()
-    start = text[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_page = start.startswith((b"<!doctype html", b"<html")) or type.startswith("text/html")
-    wants_page = public_name(url).lower().endswith((".html", ".htm"))
+    start = text[:10_000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    has_tag = start.startswith(b"<") and re.search(rb"<(!doctype html|html|head)\b", start)
+    is_page = has_tag or "html" in type.lower()
+    wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
     words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
@@ -2024,9 +2045,8 @@ def fetch(url: str, path: Path, ending: str) -> None:
                 slowest = MIN_SPEED * (time.monotonic() - started - sum(TIMEOUT))
                 require(file.tell() > slowest, f"below {MIN_SPEED} bytes per second")
         check_download(temporary, url, response.headers.get("Content-Type", ""), ending)
-        digest = sha256_of(temporary)
-    with publish(path.with_suffix(".sha256")) as temporary:
-        temporary.write_text(f"{digest}  {path.name}\n")
+        with publish(path.with_suffix(".sha256")) as record:  # first: a copy without is not ours
+            record.write_text(f"{sha256_of(temporary)}  {path.name}\n")
 
 
 def download_error(error: Exception) -> str:
@@ -2049,6 +2069,8 @@ def download(name: str) -> Path:
         if is_intact(path):
             log(f"Reading {path} (delete it to download the text again)")
             return path
+    if os.path.lexists(path):
+        log(f"NOTE: {path} was changed; renamed to {path.rename(free_name(path, 'old'))}")
     reasons = []
     for url in built_in.mirrors:
         host = public_name(url).split("/")[2]
@@ -2105,7 +2127,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         texts = [Path(match) for match in sorted(glob.glob(name)) if os.path.isfile(match)]
     if not texts:
         known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
-        raise UserError(f"`data={printable(name)}`: {known}; check the spelling")
+        raise UserError(f"`data={printable(public_name(name))}`: {known}; check the spelling")
     return [Source(text, encoding) for text in texts]
 
 
@@ -2135,27 +2157,49 @@ def strip_license(text: str) -> str:
     return "\n\n".join(books) + "\n" if books else text
 
 
+def guess_encoding(sample: bytes) -> str | None:
+    """The likely encoding of the beginning of a text, of which a few bytes may be spoilt."""
+    text = sample.decode("utf-8", "replace")
+    n_spoilt = text.count(UNKNOWN)
+    n_other = len(text) - len(text.encode("ascii", "ignore"))  # in UTF-8 of several bytes
+    if n_other > 2 * n_spoilt:  # bytes of another encoding are hardly ever UTF-8
+        return "utf_8"
+    guess = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS).best()
+    return guess.encoding if guess and guess.encoding != "utf_8" else None
+
+
 def text_error(source: Source) -> UserError:
     """Which byte of a file is not text, and what to do."""
     where = "undecodable bytes"
+    decoder = codecs.getincrementaldecoder(source.encoding)()
+    number = 1
     with source.open() as file:
         sample = file.read(100_000)
         file.seek(0)
-        for number, line in enumerate(iter(partial(file.readline, PIECE), b""), 1):
-            at = line.find(b"\0")
+        for line in chain(iter(partial(file.readline, PIECE), b""), [b""]):
             try:
-                line.decode(source.encoding)
+                text = decoder.decode(line, final=not line)
+                at = text.find("\0")
+                byte = 0
+                around = text[max(0, at - 20) : at + 20]
             except UnicodeDecodeError as error:
                 at = error.start
-            if at >= 0:
-                around = line[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
-                where = f"byte 0x{line[at]:02x} in line {number:,}, near '{printable(around)}'"
+                byte = error.object[at]
+                around = error.object[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
+                text = error.object[:at].decode(error.encoding, "replace")
+            except UnicodeError:  # no place is known
                 break
+            if at >= 0:
+                number += text.count("\n", 0, at)
+                where = f"byte 0x{byte:02x} in line {number:,}, near '{printable(around)}'"
+                break
+            number += text.count("\n")
     fix = "save it as plain text, not PDF or Word, or give its `encoding`"
     is_binary = sample.startswith((b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"))
-    guess = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS).best()
-    if guess and not is_binary and guess.encoding != "utf_8":
-        fix = f"try `encoding={guess.encoding.replace('_', '-')}`"
+    guess = guess_encoding(sample)
+    is_new = guess and codecs.lookup(guess).name != codecs.lookup(source.encoding).name
+    if is_new and not is_binary:
+        fix = f"try `encoding={guess.replace('_', '-')}`"
     other = "or add `replace_errors` to read such bytes as U+FFFD"
     return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}, {other}")
 
@@ -3324,7 +3368,7 @@ def model_card(model: Model, title: str, license: str) -> str:
     bits = m.validation_loss / math.log(2)
     sample = escape_control(model.generate(max_new=400, seed=0)).strip()
     words = re.findall(r"\w+", sample) or [""]
-    prompt = words[0][:20]
+    prompt = words[0][: min(20, m.config.block_size // 2)]
     training = escape_control(", ".join(f"{k} {v}" for k, v in m.training.items()))
     results = []
     for name, value in (("loss", m.validation_loss), ("bits_per_character", bits)):
@@ -3504,8 +3548,10 @@ def export(
 def push(model: Model, name: str, license: str, private: bool) -> str:
     """Upload a model to the Hub; returns its address.  raises: UserError"""
     hub = optional("huggingface_hub")
+    # Imported by their names: the package loads no part of itself before that part is asked for.
     errors = importlib.import_module("huggingface_hub.errors")
-    hub.utils.logging.set_verbosity_error()  # a server's warnings, with its control characters
+    logging = importlib.import_module("huggingface_hub.utils").logging
+    logging.set_verbosity_error()  # a server's warnings, with its control characters
     try:
         hub.utils.validate_repo_id(name)
         # The token is never an option: other users see the command line.
@@ -3609,7 +3655,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
      dict(default=argparse.SUPPRESS, choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
     ("run train", "--restart", dict(**FLAG, help="start anew; a finished model is renamed")),
     ("run train", "--quiet", dict(**FLAG, help="show no progress")),
-    ("run train", "--tensorboard", dict(type=Path, metavar="DIR", help="folder for its logs")),
+    ("run train", "--tensorboard", dict(type=user_path, metavar="DIR", help="folder for its logs")),
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
     ("run train chat generate explain eval", "--device",
@@ -3666,7 +3712,7 @@ def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     if len(words) > 1:
         fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
         raise UserError(f"unexpected argument '{printable(words[1])}'. {fix}")
-    return Path(words[0]) if words else args.model
+    return user_path(words[0]) if words else args.model
 
 
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
@@ -3840,9 +3886,9 @@ def cmd_export(args: argparse.Namespace) -> None:
     others = [word for word in args.words if word not in models]
     gguf = args.gguf
     if others and others[-1].endswith(".gguf"):
-        gguf = Path(others.pop())
+        gguf = user_path(others.pop())
     require(len(others) <= 1, f"unexpected argument '{printable(' '.join(others[1:]))}'")
-    folder = Path(others[0]) if others else None
+    folder = user_path(others[0]) if others else None
     require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
     model = load(take_model(args, models))
     export(model, folder, gguf, args.license, args.f16, args.force)
@@ -3966,7 +4012,7 @@ def main(argv: list[str]) -> int:
         message = explain_runtime_error(error)
         if message is None:
             raise
-    log(f"anexagpt.py: {message}")
+    log(f"anexagpt.py: {printable(message)}")
     return 2
 
 

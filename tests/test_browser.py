@@ -866,6 +866,8 @@ PROMPTS = [  # characters of the model, prompt, what becomes of it, and the noti
     ("Vitệ", "Vie\u0323\u0302t", "Việt", ""),  # decomposed: composed
     ("Vite\u0302\u0323", "Vi\u1ec7t", "Vie\u0323\u0302t", ""),  # composed: decomposed
     ("각", "\u1100\u1161\u11a8", "각", ""),
+    ("Vitê\u0323", "Vi\u1ec7t", "Viê\u0323t", ""),  # composed with one mark, as in Windows-1258
+    ("ガ", "ｶﾞ", "ガ", "read ｶﾞ as ガ"),
     ("fi1", "ﬁ①", "fi1", "read ﬁ as fi, read ① as 1"),
     ("a'\"-", "“a”’–", '"a"\'-', 'read “ as ", read ” as ", read ’ as \', read – as -'),
     ("ae", "áe\u0301", "ae", "read á as a, read e\u0301 as e"),

@@ -282,6 +282,12 @@ def test_prompts_that_look_like_options(model, cli, prompt):
     assert cli("generate").is_error("prompt") and "MODEL" not in cli("generate").err
 
 
+def test_line_end_in_a_name(cli):
+    """Catches an error of several lines for a file name that has a line end."""
+    for command in ("info", "chat", "train --out"):
+        assert cli(*command.split(), "a\nb.st").is_error(r"a\nb.st")
+
+
 def test_prompt_from_standard_input(model, cli):
     """Catches a prompt of two lines that cmd.exe cannot pass."""
     out = cli("generate", "-", "-n", 0, stdin="the\ncat\n").out

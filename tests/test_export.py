@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, header, interrupt_at, prose
+from conftest import TINY, header, interrupt_at, prose, start
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -408,6 +408,23 @@ def test_push(trained, ours, hub, cli, tmp_path):
     ids = other.generate(**tokenizer("the ", return_tensors="pt"), do_sample=False)[0]
     assert tokenizer.decode(ids) == "the " + ours.generate("the ", max_new=60, temperature=0.0)
     assert cli("push", "me/tiny", "--model", model).status == 0  # once more
+
+
+def test_push_in_a_process_of_its_own(trained, hub):
+    """Catches a part of the client that nobody has imported yet: a traceback for every user."""
+    env = dict(HF_ENDPOINT=hub.address, HF_HUB_DISABLE_XET="1")
+    result = start("push", "me/tiny", cwd=trained, env=env)
+    assert result.status == 0 and result.out == f"{hub.address}/me/tiny\n", result
+
+
+def test_example_of_a_short_context(cli, tmp_path):
+    """Catches a card whose own code fails, as its prompt fills the context."""
+    Path("dna.txt").write_text("ACGT" * 500)
+    shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 4, "--block-size", 8, "--max-steps", 50]
+    assert cli("train", "dna.txt", *shape, "--batch-size", 2, "--device", "cpu").status == 0
+    assert cli("export", "hf").status == 0
+    (prompt,) = re.findall('write\\("(.*?)"', Path("hf/README.md").read_text())
+    assert 1 <= len(prompt) <= 4
 
 
 def test_push_errors(trained, hub, cli, dead, monkeypatch):

@@ -33,6 +33,43 @@ def test_model_that_appears_during_the_run(cli):
     assert not CHECKPOINT.exists()
 
 
+def test_the_prompt_is_that_of_the_model_just_trained(cli):
+    """Catches a chat with a foreign model that came to --out, instead of the one just trained."""
+    with at_step(5, put(MODEL)):
+        result = cli("run", *OPTIONS, stdin="/show\n")
+    assert result.status == 0 and "24 steps" in result.err.partition("Prompt")[2], result
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
+def test_file_that_comes_while_ours_is_written(cli, monkeypatch, tmp_path_factory, what):
+    """Catches a foreign file that takes the place of ours during a write, and is then replaced."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("rescue")))
+    write = anexagpt.write_tensors
+    path, written = dict(checkpoint=CHECKPOINT, model=MODEL)[what], []
+
+    def write_slowly(temporary, tensors, header):
+        write(temporary, tensors, header)
+        written.append(path.name)
+        if what == "model" or (len(written) > 1 and CHECKPOINT.exists()):
+            Path("theirs").write_bytes(b"mine")
+            Path("theirs").replace(path)
+
+    monkeypatch.setattr(anexagpt, "write_tensors", write_slowly)
+    cli(*RUN, "--checkpoint-interval", 0 if what == "checkpoint" else 60)
+    assert path.read_bytes() == b"mine"
+
+
+def test_foreign_checkpoint_at_the_longest_name(cli, monkeypatch, tmp_path_factory):
+    """Catches a run that is lost since its file under the next free name has too long a name."""
+    rescue = tmp_path_factory.mktemp("rescue")
+    monkeypatch.setattr("tempfile.tempdir", str(rescue))
+    out = Path("a" * 232 + ".safetensors")  # 244 bytes, with .checkpoint 255
+    with at_step(2, put(anexagpt.checkpoint_path(out))), interrupt_at(10):
+        result = cli(*RUN, "--out", out)
+    (saved,) = rescue.glob("*/*")
+    assert "saved to" in result.err and anexagpt.load(saved).metadata.step == 10
+
+
 @pytest.mark.parametrize("when", [0, 12])
 def test_checkpoint_that_is_somebody_elses(cli, when):
     """Catches a foreign file at the checkpoint's name that is replaced or deleted: one that comes
@@ -92,6 +129,22 @@ def test_home_folder(cli, tmp_path, monkeypatch):
     assert "already" not in cli("--out=~/x.safetensors").err  # it opens the prompt
     anexagpt.load("~/x.safetensors").save("~/y.safetensors")
     assert "no such file" in cli("chat", "~/y.safetensors", stdin="/read ~nobody\n").err
+    results = [
+        cli("run", *OPTIONS, "--out=~/y.safetensors"),
+        cli("info", "--model=~/x.safetensors"),
+    ]
+    results.append(cli("export", "~/x.safetensors", "~/hf", "--gguf=~/x.gguf"))
+    results.append(cli("train", "--data=~/b.txt", *OPTIONS, "--init=~/x.safetensors"))
+    assert not Path("~").exists()
+    assert [result.status for result in results[:3]] == [0, 0, 0], results
+    assert results[3].is_error("~/b.txt: no such file")
+
+
+def test_home_folder_of_nobody(cli, tiny):
+    """Catches a traceback for a ~ that leads to no home, in a command and in a chat."""
+    assert cli(*RUN, "--out=~nobody-here/x.txt").is_error("~nobody-here/x.txt")
+    chat = cli("chat", tiny, stdin="/read ~nobody-here/x\n/model ~nobody-here/x\n/show\n")
+    assert chat.status == 0 and chat.err.count("no such file") == 2, chat
 
 
 MOUNTS = {  # calls that a cloud mount or a container refuses, and the error

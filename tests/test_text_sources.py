@@ -329,6 +329,9 @@ PAGES = {  # status 200, and not a text
     ),
     "viewer": Answer(BOOK, type="text/html; charset=utf-8"),
     "old": Answer(b"<HTML><body>" + BOOK),
+    "comment": Answer(b"<!-- hotel -->\n<html><body>" + BOOK),
+    "XHTML": Answer(b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC ''>" + BOOK),
+    "capitals": Answer(BOOK, type="Text/HTML"),
 }
 
 
@@ -353,6 +356,31 @@ def test_stored_copies(read, cli, server):
     assert read("--data", url)["sha256"] == digest("second\n" * 40)
     copy.write_bytes(copy.read_bytes()[:99])
     assert read("--data", url)["sha256"] == digest("second\n" * 40) and len(server.asked) == 3
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_stored_copy_that_somebody_changed(read, server, is_link):
+    """Catches a user's edits, or the file that a link leads to, replaced by a new download."""
+    url = server.page("/a.txt", Answer(b"a text\n" * 40))
+    read("--data", url)
+    (copy,) = Path("data").glob("*.txt")
+    mine = copy
+    if is_link:
+        mine = Path("mine.txt")
+        copy.unlink()
+        copy.symlink_to(mine.absolute())
+    mine.write_text("my edits")
+    assert read("--data", url)["sha256"] == digest("a text\n" * 40)
+    kept = mine if is_link else copy.with_stem(f"{copy.stem}.old")
+    assert kept.read_text() == "my edits" and not copy.is_symlink()
+
+
+def test_file_called_data(read, server, monkeypatch, tmp_path):
+    """Catches "File exists" where the folder for downloads cannot be, since a file is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("data").write_text("mine")
+    assert read("--data", server.page("/a.txt", Answer(b"a text\n" * 40)))["characters"] == 280
+    assert Path("data").read_text() == "mine"
 
 
 def test_slow_server(cli, server, monkeypatch):
@@ -405,6 +433,19 @@ def test_secrets_of_an_address(cli, server):
     assert "127.0.0.1" in cli("info").out and "/a.txt" in cli("info").out
 
 
+@pytest.mark.parametrize(
+    "url", ["ftp://me:secret@x/a.txt", "https:/me:secret@x/a.txt?token=hidden",
+            "http://me:sec/ret@x/a.txt", "http://me:sec#ret@x/a.txt", "s3://me:secret@x/a.txt"],
+)  # fmt: skip
+def test_secrets_of_an_address_that_is_none(cli, url):
+    """Catches a password in the message about an address that cannot be read, or is mistyped."""
+    model = url.replace(".txt", ".safetensors")
+    commands = [["train", *SMALL, "--data", url], ["info", model], ["chat", model]]
+    for command in [*commands, ["train", *SMALL, "--init", model]]:
+        result = cli(*command)
+        assert result.is_error() and not re.search("secret|ret@|:sec|hidden", result.err), result
+
+
 THREE_KINGDOMS = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
 汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。
@@ -433,6 +474,28 @@ def test_which_byte_is_not_text(cli, read, raw):
     if text.count("\ufffd") < 20:
         assert result.status == 0 and f"{text.count(chr(0xFFFD))} characters" in result.err
         assert anexagpt.load("model.safetensors").metadata.data.sha256 == digest(text)
+
+
+ADVICE = [  # bytes, encoding, what the message says
+    (PUSHKIN.encode() + b"th\xffree", "utf-8", ["byte 0xff in line 3", "save it as plain text"]),
+    (
+        "v\u00e0 \u201cngo\u1eb7c k\u00e9p\u201d n\u1eefa\n".encode(),
+        "gb18030",
+        ["--encoding utf-8"],
+    ),
+    (b"one", "undefined", ["undecodable"]),
+    (b"one", "utf-16", ["undecodable"]),
+    ("one\ntwo \0 three".encode("utf-16"), "utf-16", ["line 2", r"two \x00 three", "save it"]),
+    ("one\ntwo".encode("utf-16") + b"\0\xd8\n\0", "utf-16", ["line 2", "save it"]),
+]
+
+
+@pytest.mark.parametrize("raw, encoding, words", ADVICE, ids=lambda x: ascii(x)[:16])
+def test_advice_for_what_is_not_text(cli, raw, encoding, words):
+    """Catches a wrong place in UTF-16, and advice to take the encoding that was given, or another
+    one for a text with one spoilt byte."""
+    Path("x.txt").write_bytes(raw)
+    assert cli("train", *SMALL, "--data", "x.txt", "--encoding", encoding).is_error(*words)
 
 
 def test_two_data_options(read):

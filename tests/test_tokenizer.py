@@ -1,5 +1,7 @@
 """Tokenizer: characters to ids and back, and prompts in characters that the model knows."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,9 @@ def test_many_characters(size):
 
 
 PROMPTS = [
+    ("Vit\u00ea\u0323", "Vi\u1ec7t", "Vi\u00ea\u0323t", []),  # as Windows-1258 writes it
+    ("Vit\u00ea\u0323", "Vie\u0323\u0302t", "Vi\u00ea\u0323t", []),
+    ("\u30ab\u30ac", "\uff76\uff9e", "\u30ac", ["\uff76\uff9e as \u30ac"]),  # halfwidth
     ("Holmes \n", "Holmes", "Holmes", []),
     ("It's a \"-", "\u2018\u2019\u201c\u201d\u2014\u2013", "''\"\"--", ['\u201c as "']),
     ("abc", "ABC", "abc", ["A as a"]),
@@ -93,3 +98,11 @@ def test_notice_of_many_unknown_characters():
     text, changes = tokenizer_of("ab").normalize_prompt("".join(map(chr, range(0x4E00, 0x8E00))))
     notice = change_notice(changes)
     assert text == "" and len(notice) < 300 and "more" in notice
+
+
+def test_a_letter_of_thousands_of_marks():
+    """Catches a normal form that takes quadratic time, and a notice that fills the screen."""
+    started = time.process_time()
+    text, changes = tokenizer_of("e").normalize_prompt("e" + "\u0301\u0323" * 10_000)
+    assert text == "e" and time.process_time() - started < 2
+    assert len(change_notice(changes)) < 2_500
