@@ -1615,16 +1615,18 @@ class DistributedTrainer(Trainer):
 
 @contextmanager
 def default_signals() -> Iterator[None]:
-    """Within it Ctrl-C ends the process at once."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    if is_main and before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Within it Ctrl-C, SIGTERM and SIGHUP end the process at once."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = {getattr(signal, f"SIG{n}", signal.SIGTERM) for n in ("INT", "TERM", "HUP")}
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -151,17 +151,19 @@ def test_port_in_use(cli):
     assert "the ranks cannot meet" in result.err.splitlines()[-1]
 
 
-def test_ctrl_c_while_waiting_for_a_rank():
-    """Catches a rank that ignores Ctrl-C while it waits for one that never comes."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_waiting_for_a_rank(number):
+    """Catches a rank that ignores Ctrl-C, or the kill of a cluster or of `timeout`, while it waits
+    for one that never comes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     same = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     fork = Fork(*LONG, **same, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     time.sleep(2)
     started = time.monotonic()
-    os.kill(fork.pid, signal.SIGINT)
+    os.kill(fork.pid, number)
     result = fork.result(20)
-    assert result.status in (130, -signal.SIGINT) and time.monotonic() - started < 5
+    assert result.status in (128 + number, -number) and time.monotonic() - started < 5
     assert "Traceback" not in result.err
 
 
