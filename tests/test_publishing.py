@@ -55,8 +55,14 @@ def test_file_that_comes_while_ours_is_written(cli, monkeypatch, tmp_path_factor
             Path("theirs").replace(path)
 
     monkeypatch.setattr(anexagpt, "write_tensors", write_slowly)
-    monkeypatch.setattr(anexagpt.Checkpointer, "is_due", lambda self: what == "checkpoint")
-    cli(*RUN)
+    save = anexagpt.RunFiles.save_checkpoint
+
+    def save_each_step(self, *arguments, **options):
+        save(self, *arguments, **options)
+        self.next_save = 0.0
+
+    monkeypatch.setattr(anexagpt.RunFiles, "save_checkpoint", save_each_step)
+    cli(*RUN, "--checkpoint-interval", 0 if what == "checkpoint" else 60)
     assert path.read_bytes() == b"mine"
 
 
