@@ -148,7 +148,8 @@ class Config:
         if low is not None:
             rule += f" from {low:,} to {high:,}"
             is_valid = is_valid and (value is None or low <= value <= high)
-        require(is_valid, f"`{name}={value}`: must be {rule}")
+        shown = printable(str(value))[:60]  # it may come from a file
+        require(is_valid, f"`{name}={shown}`: must be {rule}")
 
     @classmethod
     def pick(cls, settings: dict) -> Config:
