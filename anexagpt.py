@@ -33,10 +33,10 @@ The file reads from top to bottom. The first part is a complete GPT on its own:
 The second part connects it to the world:
 
     fast paths    faster versions of four plain functions above; --plain switches them off
-    files         publishing a file safely; reading a file that may be foreign or broken
+    files         publishing a file safely; load(), for a file that may be foreign or broken
     text sources  built-in texts, files, folders, URLs
     terminal      messages, live progress, loss chart
-    library       train() and load()
+    library       train(): a run with its files, begun or resumed
     chat          the prompt loop and its views
     export        Hugging Face transformers, llama.cpp, the Hub
     command line  options and commands
