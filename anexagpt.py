@@ -1346,6 +1346,7 @@ import codecs
 import ctypes
 import errno
 import glob
+import http.client
 import importlib
 import io
 import re
@@ -2027,26 +2028,68 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     require(ending in words, "not the expected text, or incomplete")
 
 
+class MeteredAdapter(requests.adapters.HTTPAdapter):
+    """Connections that fail where a server is too slow, or sends too much.
+
+    All that is read counts: headers, the page of a redirect, and the text.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.started = time.monotonic()
+        self.n_bytes = 0
+
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = partial(self.connect, type(pool).ConnectionCls)
+        return pool
+
+    def connect(self, cls: type, **kwargs) -> http.client.HTTPConnection:
+        connection = cls(**kwargs)
+        connection.response_class = self.metered_response
+        return connection
+
+    def metered_response(self, *args, **kwargs) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(*args, **kwargs)
+        raw = response.fp.raw
+        read = raw.readinto
+
+        def readinto(buffer) -> int:
+            n = read(buffer)
+            self.count(n)
+            return n
+
+        raw.readinto = readinto
+        return response
+
+    def count(self, n: int) -> None:
+        """raises: UserError"""
+        self.n_bytes += n
+        require(self.n_bytes <= MAX_DOWNLOAD, f"more than {MAX_DOWNLOAD:,} bytes")
+        slowest = MIN_SPEED * (time.monotonic() - self.started - sum(TIMEOUT))
+        require(self.n_bytes > slowest, f"below {MIN_SPEED} bytes per second")
+
+
 def fetch(url: str, path: Path, ending: str) -> None:
     """Download one address.  raises: OSError, UserError, or an error of requests or urllib3"""
     headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
-    response = requests.get(url, stream=True, timeout=TIMEOUT, headers=headers)
+    session = requests.Session()
+    adapter = MeteredAdapter()
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    response = session.get(url, stream=True, timeout=TIMEOUT, headers=headers)
     require(response.status_code == 200, f"HTTP status {response.status_code}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
-    started = time.monotonic()
     bar = rich.progress.Progress(
         console=PlainConsole(), transient=True, disable=not sys.stderr.isatty()
     )
-    with publish(path) as temporary:
+    with closing(response), publish(path) as temporary:
         with open(temporary, "xb") as file, bar:
             task = bar.add_task("", total=total)
             while piece := response.raw.read1(1 << 16):
                 file.write(piece)
                 bar.update(task, completed=file.tell())
-                require(file.tell() <= MAX_DOWNLOAD, f"more than {MAX_DOWNLOAD:,} bytes")
-                slowest = MIN_SPEED * (time.monotonic() - started - sum(TIMEOUT))
-                require(file.tell() > slowest, f"below {MIN_SPEED} bytes per second")
         check_download(temporary, url, response.headers.get("Content-Type", ""), ending)
         with publish(path.with_suffix(".sha256")) as record:  # first: a copy without is not ours
             record.write_text(f"{sha256_of(temporary)}  {path.name}\n")

@@ -88,7 +88,8 @@ sherlock, shakespeare = shared_text("sherlock.txt"), shared_text("tinyshakespear
 
 @dataclass
 class Answer:
-    """A response: `length` is the Content-Length it claims, `drip` the seconds between bytes."""
+    """A response: `length` is the Content-Length it claims, `drip` the seconds between bytes, also
+    of the header `dripped`, which comes last; `location` is that of a redirect."""
 
     body: bytes = b""
     status: int = 200
@@ -96,6 +97,8 @@ class Answer:
     length: int | str | None = None
     drip: float = 0.0
     silent: bool = False
+    dripped: str = ""
+    location: str = ""
 
 
 class Server:
@@ -117,11 +120,15 @@ class Server:
                     "Content-Length",
                     str(len(answer.body) if answer.length is None else answer.length),
                 )
-                self.end_headers()
+                if answer.location:
+                    self.send_header("Location", answer.location)
+                self.flush_headers()
+                last_header = f"{answer.dripped}\r\n" * bool(answer.dripped) + "\r\n"
+                body = last_header.encode() + answer.body
+                n = 1 if answer.drip else len(body)
                 with suppress(OSError):  # the client has gone
-                    n = 1 if answer.drip else len(answer.body)
-                    for i in range(0, len(answer.body), n or 1):
-                        self.wfile.write(answer.body[i : i + n])
+                    for i in range(0, len(body), n):
+                        self.wfile.write(body[i : i + n])
                         if server.closing.wait(answer.drip):
                             break
 

@@ -383,13 +383,28 @@ def test_file_called_data(read, server, monkeypatch, tmp_path):
     assert Path("data").read_text() == "mine"
 
 
-def test_slow_server(cli, server, monkeypatch):
+SLOW = {
+    "text": Answer(b"text " * 200, drip=0.05),
+    "header": Answer(b"text " * 200, drip=0.05, dripped="X-Long: " + "x" * 300),
+    "redirect": Answer(b"moved " * 200, status=302, location="/a.txt", drip=0.05),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_server(cli, server, monkeypatch, name):
     """Catches a server that sends a byte now and then, and holds the program for ever."""
-    monkeypatch.setattr(anexagpt, "TIMEOUT", (0.4, 0.4))
-    url = server.page("/a.txt", Answer(b"text " * 200, drip=0.05))
+    monkeypatch.setattr(anexagpt, "TIMEOUT", (0.2, 0.2))
+    url = server.page("/a.txt", SLOW[name])
     started = time.monotonic()
     assert "bytes per second" in failed(cli("train", "--data", url, *SMALL))
     assert time.monotonic() - started < 10 and names() == set()
+
+
+def test_redirect(read, server):
+    """Catches a redirect that is not followed, in one piece and within the metered connection."""
+    server.page("/new.txt", Answer(b"moved here\n" * 20))
+    url = server.page("/a.txt", Answer(b"moved", status=302, location="/new.txt"))
+    assert read("--data", url)["characters"] == 220
 
 
 @pytest.mark.parametrize("length", ["9" * 400, "4000 bytes", "-5", "0x10", ""])
@@ -414,7 +429,7 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
         def refuse(*_, error=error, **options):
             raise error
 
-        monkeypatch.setattr(anexagpt.requests, "get", refuse)
+        monkeypatch.setattr(anexagpt.requests.Session, "get", refuse)
         result = cli("train", "--data", f"http://127.0.0.1:{port}/x", *SMALL)
         assert words in failed(result) and "secret" not in result.err
 
