@@ -1988,6 +1988,12 @@ def public_name(name: str) -> str:
         return f"{scheme}://..."
 
 
+def hide_secrets(text: str) -> str:
+    """A message with the public names of its URLs."""
+    url = r"(?i)[a-z][a-z0-9+.-]+:/\S*?(?='?\.?(?:\s|$))"  # without a quote or dot at its end
+    return re.sub(url, lambda match: public_name(match[0]), text)
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -2607,7 +2613,8 @@ def output_path(out: str | Path) -> Path:
     if out.is_symlink():  # two names of one file are one run
         out = Path(os.path.realpath(out))
     is_file = out.suffix == ".safetensors" and not out.is_dir()
-    require(is_file, f"`out={out}`: must be a file ending in .safetensors; choose another name")
+    shown = public_name(str(out))
+    require(is_file, f"`out={shown}`: must be a file ending in .safetensors; choose another name")
     for path in (out, checkpoint_path(out)):
         try:
             file_id(path)
@@ -3630,6 +3637,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 # It parses, calls the library, and prints.
 
 SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
+DASHES = "a text that begins with - goes last, after --, as in: -- -text"
 
 
 def unescape(text: str) -> str:
@@ -3662,7 +3670,10 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and options for the fields of a config."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+        hint = f"see {self.prog} --help"
+        if message.startswith("unrecognized"):
+            hint += f"; {DASHES}"
+        self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 
     def add_config(self, title: str, config: type, skip: Iterable[str] = ()) -> None:
         """An option for each field; one that is not given stays absent."""
@@ -3757,7 +3768,7 @@ def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     """The model file of a command: its only argument, or --model.  raises: UserError"""
     if len(words) > 1:
         fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
-        raise UserError(f"unexpected argument '{printable(words[1])}'. {fix}")
+        raise UserError(f"unexpected argument '{public_name(words[1])}'. {fix}")
     return user_path(words[0]) if words else args.model
 
 
@@ -3989,7 +4000,8 @@ def check_words(words: list[str]) -> None:
             raise UserError(f"'{word}': the command comes first, then the options")
         is_text = word in BUILT_IN or word == "-" or "." in word or os.path.exists(word)
         names = ", ".join(COMMANDS)
-        require(is_text, f"'{printable(word)}' is neither a command ({names}) nor a text file")
+        shown = public_name(word)
+        require(is_text, f"'{shown}' is neither a command ({names}) nor a text file")
 
 
 def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
@@ -4006,6 +4018,9 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
         at = argv.index("--")
         literal = argv[at + 1 :]
         argv = argv[:at]
+    for word in argv:
+        is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse reads -nothing as -n othing
+        require(not is_text, f"'{hide_secrets(word)}': not an option; {DASHES}")
     args = build_parser(name).parse_intermixed_args(argv)
     args.words += literal
     if not is_named:
@@ -4058,7 +4073,7 @@ def main(argv: list[str]) -> int:
         message = explain_runtime_error(error)
         if message is None:
             raise
-    log(f"anexagpt.py: {printable(message)}")
+    log(f"anexagpt.py: {printable(hide_secrets(message))}")
     return 2
 
 

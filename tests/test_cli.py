@@ -282,6 +282,28 @@ def test_prompts_that_look_like_options(model, cli, prompt):
     assert cli("generate").is_error("prompt") and "MODEL" not in cli("generate").err
 
 
+@pytest.mark.parametrize("prompt", ["-the", "-nothing", "-kind", "-hello", "--the", "-n the"])
+def test_prompts_that_are_taken_for_options(model, cli, prompt):
+    """Catches -nothing that is -n othing, and an error without the prompt or the way to give it."""
+    assert cli("generate", prompt).is_error(prompt, "after --")
+    assert cli("explain", prompt).is_error("after --")
+    assert cli("generate", "the", "-n5").status == cli("generate", "the", "-n=5").status == 0
+
+
+@pytest.mark.parametrize("command", [
+    "info a.b {}", "generate a b {}", "explain a b {}", "push a b {}", "chat a {}", "export a b {}",
+    "train --bogus={}", "train -{}", "generate -n{}", "train --size {}", "train --out {}",
+    "train --max-steps {}", "train x.txt --data x --out x.safetensors --tensorboard {} --init {}",
+    "generate x --model {}", "explain x --view {}", "{}@ {}", "push {}", "eval a.checkpoint {}",
+])  # fmt: skip
+def test_secrets_of_an_address_in_the_wrong_place(model, cli, command):
+    """Catches a user, password or query on the screen, whatever complains about the argument."""
+    url = "http://me:secret@example/a.safetensors?token=hidden"
+    result = cli(*(word.format(url) for word in command.split()))
+    assert result.status == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert not re.search("me:|secret|hidden", result.out + result.err), result.err
+
+
 def test_line_end_in_a_name(cli):
     """Catches an error of several lines for a file name that has a line end."""
     for command in ("info", "chat", "train --out"):
