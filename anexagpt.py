@@ -1355,11 +1355,10 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_left
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from urllib.parse import urlsplit
 
 try:
@@ -2186,27 +2185,54 @@ def find_texts(name: str, encoding: str) -> list[Source]:
 # Project Gutenberg's markers, whose lines may be wrapped: today's, and those of the 1990s.
 MARKER = r"\*\*\*\s?%s\sOF\sTH(?:E|IS)\sPROJECT\sGUTENBERG\sE(?:BOOK|TEXT)[^*]{0,300}\*\*\*"
 SMALL_PRINT = r"\*END\*?\s?THE\sSMALL\sPRINT![^*]{0,300}\*[^*\n]{0,40}\*END\*"
+START = f"{MARKER % 'START'}|{SMALL_PRINT}"
 LAST_LINE = r"(?i)(?:End of|Ende d\w+|Fin d\w+)\s(?:the |this )?Proje[ck]t Gutenberg"
 
 
-def strip_license(text: str) -> str:
-    """Books without Project Gutenberg's headers and footers; other text as it is.
+def split_books(text: str) -> list[str]:
+    """Parts of `text` with one start marker each; what is before the first belongs to it."""
+    starts = [match.start() for match in re.finditer(START, text)]
+    limits = [0, *starts[1:], len(text)]
+    return [text[start:end] for start, end in pairwise(limits)]
 
-    A book reaches from a start marker to the last end marker before the next start.
-    """
-    starts = list(re.finditer(f"{MARKER % 'START'}|{SMALL_PRINT}", text))
+
+def strip_license(text: str) -> str:
+    """The book between a start marker and the last end marker; other text as it is."""
+    start = re.search(START, text)
+    if not start:
+        return text
     ends = [match.start() for match in re.finditer(MARKER % "END", text)]
-    limits = [start.start() for start in starts] + [len(text)]
-    books = []
-    for start, limit in zip(starts, limits[1:], strict=True):
-        inside = ends[bisect_left(ends, start.end()) : bisect_left(ends, limit)]
-        has_end = inside or start[0].startswith("*END")
-        if not has_end:
-            return text
-        book = text[start.end() : max(inside, default=limit)].strip()
-        body, _, last_lines = book.rpartition("\n\n")
-        books.append(body.strip() if re.match(LAST_LINE, last_lines) else book)
-    return "\n\n".join(books) + "\n" if books else text
+    ends = [end for end in ends if end >= start.end()]
+    has_end = ends or start[0].startswith("*END")
+    if not has_end:
+        return text
+    book = text[start.end() : max(ends, default=len(text))].strip()
+    body, _, last_lines = book.rpartition("\n\n")
+    if re.match(LAST_LINE, last_lines):
+        book = body.strip()
+    n_outside = len(text) - len(book)
+    if n_outside > 50_000:  # more than header and license
+        note_once(f"outside of Project Gutenberg's markers, left out: {n_outside:,} characters")
+    return book + "\n"
+
+
+def strip_licenses(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces of a text without the headers and footers of Project Gutenberg.
+
+    A text that begins with a book may have more of them, each of several pieces.
+    """
+    text = next(pieces, "")
+    separator = ""
+    while re.search(START, text) and len(text) < LONG_TEXT:
+        piece = next(pieces, "")
+        *books, text = split_books(text + piece)
+        for book in books:
+            yield separator + strip_license(book)
+            separator = "\n"
+        if not piece:
+            break
+    yield separator + strip_license(text)
+    yield from pieces
 
 
 def guess_encoding(sample: bytes) -> str | None:
@@ -2256,6 +2282,19 @@ def text_error(source: Source) -> UserError:
     return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}, {other}")
 
 
+def decoded_pieces(file: io.TextIOBase, replace_errors: bool) -> Iterator[str]:
+    """Pieces of a file.  raises: UnicodeError"""
+    for i, piece in enumerate(iter(partial(file.read, PIECE), "")):
+        if i == 0:
+            piece = piece.removeprefix("\ufeff")  # the byte order mark
+        if replace_errors:
+            piece = piece.replace("\0", UNKNOWN)
+        piece.encode()  # some encodings have surrogates, which are not characters
+        if "\0" in piece:
+            raise UnicodeError
+        yield piece
+
+
 def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[str]:
     r"""Pieces of the texts, each text on a new line.  raises: UserError
 
@@ -2266,16 +2305,10 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
     for source in sources:
         try:
             with io.TextIOWrapper(source.open(), source.encoding, errors) as file:
-                for i, piece in enumerate(iter(partial(file.read, PIECE), "")):
-                    if replace_errors:
-                        piece = piece.replace("\0", UNKNOWN)
-                    piece.encode()  # some encodings have surrogates, which are not characters
-                    if "\0" in piece:
-                        raise UnicodeError
-                    if i == 0:
-                        piece = strip_license(piece.removeprefix("\ufeff"))
-                        if not last.endswith("\n"):
-                            piece = "\n" + piece
+                pieces = strip_licenses(decoded_pieces(file, replace_errors))
+                for i, piece in enumerate(pieces):
+                    if i == 0 and not last.endswith("\n"):
+                        yield "\n"
                     yield piece
                     last = piece
         except LookupError:

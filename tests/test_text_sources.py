@@ -563,6 +563,41 @@ def test_markers_of_other_decades(read, name):
     assert read("--data", "x.txt")["sha256"] == digest(expected)
 
 
+@pytest.mark.parametrize("piece", [333, 5_000])
+def test_books_of_many_pieces(read, monkeypatch, piece):
+    """Catches a license between two books, or a book's end, where a file is read in pieces; and a
+    text after the books, or as long as the memory, that is lost."""
+    bodies = [prose(n, seed=n).strip() for n in (30, 200, 3, 90)]
+    parts = []
+    for body in bodies:
+        parts += [
+            "Title\n" * 9,
+            START,
+            body,
+            "\n\nEnd of Project Gutenberg's A\n\n",
+            END,
+            "Fee\n" * 70,
+        ]
+    text = "".join(parts)
+    Path("x.txt").write_text(text)
+    monkeypatch.setattr(anexagpt, "PIECE", piece)
+    assert read("--data", "x.txt")["sha256"] == digest("\n\n".join(bodies) + "\n")
+    Path("x.txt").write_text("mine " * 200 + text)  # no book at the beginning
+    if piece < 1_000:
+        assert read("--data", "x.txt")["characters"] == 1_000 + len(text)
+    monkeypatch.setattr(anexagpt, "LONG_TEXT", 100)
+    Path("x.txt").write_text(f"{START}A\n" + "mine " * 2_000)
+    assert read("--data", "x.txt")["characters"] == len(START) + 10_002
+
+
+def test_text_after_a_book(cli):
+    """Catches a user's text that is taken for the license of the book before it, silently."""
+    for n, words in ((1, 0), (6_000, 1)):
+        Path("x.txt").write_text(f"{START}{prose(100)}\n{END}" + "mine, mine\n" * n)
+        anexagpt.note_once.cache_clear()
+        assert cli("train", *SMALL, "--data", "x.txt").err.count("left out") == words
+
+
 def test_read_only_folder_for_downloads(server, monkeypatch, tmp_path):
     """Catches a download that needs data/ where nothing can be written."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
