@@ -2402,10 +2402,54 @@ def overfits(history: list[Evaluation]) -> bool:
     return len(later) >= 5 and all(r.training_loss < best.training_loss for r in later[-5:])
 
 
+@contextmanager
+def tensorboard_writer(folder: str | Path | None, first_step: int) -> Iterator[Callable]:
+    """write(step, scalars) for TensorBoard, which does nothing without `folder`.
+
+    A full disk is a NOTE: TensorBoard writes in a thread, and raises its error again.
+    """
+    if not folder:
+        yield lambda step, scalars: None
+        return
+    print_traceback = threading.excepthook
+    failed = []
+
+    def on_thread_error(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            print_traceback(args)
+
+    def write(step: int, scalars: dict[str, float]) -> None:
+        if failed:
+            return
+        try:
+            for name, value in scalars.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+        except OSError as error:
+            failed.append(error)
+            log(f"NOTE: {folder}: no more is written there ({save_error(error)}); going on")
+
+    def close() -> None:
+        with suppress(OSError):
+            board.close()
+
+    writer = optional("torch.utils.tensorboard").SummaryWriter
+    with ExitStack() as stack:
+        stack.callback(setattr, threading, "excepthook", print_traceback)
+        threading.excepthook = on_thread_error
+        try:
+            board = writer(folder, purge_step=first_step)
+        except OSError as error:
+            reason = f"cannot be written ({save_error(error)}); choose another folder"
+            raise UserError(f"`tensorboard={folder}`: {reason}") from None
+        stack.callback(close)
+        yield write
+
+
 class ProgressDisplay:
     """Progress of a training run: a live line on a terminal or in a notebook, else plain lines."""
 
-    def __init__(self, trainer: Trainer, is_shown: bool, tensorboard: Path | None = None):
+    def __init__(self, trainer: Trainer, is_shown: bool, write_scalars: Callable):
         self.trainer = trainer
         self.is_shown = is_shown
         self.is_live = is_shown and (sys.stderr.isatty() or PlainConsole().is_jupyter)
@@ -2413,10 +2457,7 @@ class ProgressDisplay:
         self.first_step = trainer.steps_done
         self.last_update = 0.0
         self.has_warned = False
-        self.board = None
-        if tensorboard:
-            writer = optional("torch.utils.tensorboard").SummaryWriter
-            self.board = writer(tensorboard, purge_step=self.first_step + 1)
+        self.write_scalars = write_scalars
         if is_shown:
             log_run(trainer)
 
@@ -2466,13 +2507,10 @@ class ProgressDisplay:
                 self.show(f"{losses} | {sample}", "\n")
             else:
                 log(f"{losses} {left} | {printable(sample)}")
-        if self.board:
-            step, training_loss, validation_loss = t.history[-1]
-            scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
-            scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
-            with suppress(OSError):  # a full disk must not end the run
-                for name, value in scalars.items():
-                    self.board.add_scalar(name, value, step)
+        step, training_loss, validation_loss = t.history[-1]
+        scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
+        scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
+        self.write_scalars(step, scalars)
         if overfits(t.history) and not self.has_warned:
             self.has_warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
@@ -2490,9 +2528,6 @@ class ProgressDisplay:
     def close(self) -> None:
         if self.is_live:
             self.show()
-        if self.board:
-            with suppress(OSError):
-                self.board.close()
 
 
 def loss_chart(history: list[Evaluation], width: int = 60, height: int = 12) -> str:
@@ -2959,7 +2994,9 @@ def train(
             use_fast_training(trainer)
         if files and is_first:
             files.begin(trainer)
-        display = ProgressDisplay(trainer, progress and is_first, tensorboard if is_first else None)
+        board = tensorboard_writer(tensorboard if is_first else None, trainer.steps_done + 1)
+        write_scalars = stack.enter_context(board)
+        display = ProgressDisplay(trainer, progress and is_first, write_scalars)
         stack.enter_context(closing(display))
         model = run_training(trainer, files, ctx, display, should_stop)
     if not plain:

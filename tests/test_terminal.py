@@ -4,12 +4,15 @@ The program runs in forks of this process, on real descriptors but without PyTor
 """
 
 import dataclasses
+import errno
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -20,6 +23,7 @@ import torch
 from conftest import TINY, Result, header, interrupt_at, prose
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import anexagpt
 
@@ -278,6 +282,31 @@ def test_tensorboard(cli):
     for i, name in enumerate(("training_loss", "validation_loss"), 1):
         points = [(point.step, pytest.approx(point.value)) for point in events.Scalars(name)]
         assert points == [(row[0], row[i]) for row in history] and len(points) == 4
+
+
+@pytest.mark.parametrize("n", [0, 3, 9])
+def test_tensorboard_on_a_full_disk(cli, monkeypatch, n):
+    """Catches a thread's traceback, a note for each evaluation, and a run that ends."""
+    Path("prose.txt").write_text(prose(300))
+    writes, write = itertools.count(), RecordWriter.write
+
+    def fill(self, data):
+        if next(writes) >= n:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", fill)
+    printed = []
+    hook = lambda args: printed.append(args)  # noqa: E731
+    monkeypatch.setattr(threading, "excepthook", hook)
+    command = ["train", "prose.txt", *TINY, "--max-steps", 9, "--eval-interval", 1]
+    result = cli(*command, "--tensorboard", "runs")
+    assert threading.excepthook is hook and not printed
+    assert result.err.count("No space left on device") == 1
+    if n:
+        assert result.status == 0 and "NOTE: runs: " in result.err
+    else:
+        assert result.is_error("--tensorboard runs")
 
 
 def test_one_is_singular(tiny, cli):
