@@ -239,6 +239,10 @@ def build_vocab(characters: Iterable[str]) -> str:
 
 
 def unify_newlines(text: str) -> str:
+    r"""`text` with \n for \r\n and \r, as files are read.
+
+    U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
+    """
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -606,9 +610,15 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, name: str = "text") -> Corpus:
+        """raises: UserError for half a character, as of text decoded with surrogateescape"""
         text = unify_newlines(text)
+        try:
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+        except UnicodeEncodeError as error:
+            found = f"{spell_out(text[error.start])} at {error.start:,} is half a character"
+            fix = "decode the text with its real encoding, or errors='replace'"
+            raise UserError(f"`{name}`: {found}; {fix}") from None
         tokenizer = Tokenizer(build_vocab(text))
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
         return cls(TextInfo([name], sha256, len(text)), tokenizer, tokenizer.encode(text))
 
 
@@ -716,7 +726,7 @@ class Trainer:
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
         self.val_ids = val_ids[:n_val]
 
-        torch.manual_seed(cfg.seed)
+        torch.default_generator.manual_seed(cfg.seed)  # of the CPU, where the weights are drawn
         config = replace(config, vocab_size=len(corpus.tokenizer), dropout=cfg.dropout)
         self.network = self.make_network(config).to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()  # see ema_rate
@@ -1221,6 +1231,9 @@ class Model:
 
         raises: UserError if no character of a prompt is known
         """
+        require(
+            isinstance(prompt, str), f"`prompt={str(prompt)[:40]}`: must be a text, as 'It was'"
+        )
         known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
         if prompt:
             require(known, f"'{printable(prompt[:40])}': the model knows none of these characters")
@@ -1329,7 +1342,10 @@ class Model:
 
 def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
     """SampleConfig of keywords; `stop` may be one text.  raises: UserError"""
-    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
+    is_one = isinstance(stop, str) or not isinstance(stop, Iterable)
+    stops = (stop,) if is_one else tuple(stop)
+    is_valid = all(isinstance(text, str) for text in stops)
+    require(is_valid, f"`stop={stop}`: must be a text or several; leave it out for none")
     names = [setting.name for setting in fields(SampleConfig)]
     for name in sampling:
         require(name in names, f"`{name}`: unknown; choose from {', '.join(names)}")
@@ -2880,9 +2896,9 @@ def training_lock(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def training_state() -> Iterator[None]:
+def training_state(device: torch.device) -> Iterator[None]:
     """Puts back what a run changes in the process: random state, environment, malloc's settings."""
-    devices = range(torch.cuda.device_count())
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     names_before = set(os.environ)  # PyTorch adds a folder of its compiler
     with torch.random.fork_rng(devices), ExitStack() as stack:
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
@@ -2967,7 +2983,7 @@ def train(
     files = RunFiles(out) if out is not None else None
     with ExitStack() as stack:
         ctx = stack.enter_context(init_distributed(selected))
-        stack.enter_context(training_state())
+        stack.enter_context(training_state(selected))
         is_first = ctx.rank == 0
 
         def prepare() -> Trainer:
@@ -3639,10 +3655,28 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
         writer.close()
 
 
+@torch.no_grad()
+def require_gpt2(network: GPT) -> None:
+    """raises: UserError if the network was changed: other programs would compute something else"""
+    network = copy.deepcopy(network).cpu().eval()
+    config = network.config
+    is_equal = sum(p.numel() for p in network.parameters()) == config.n_parameters()
+    if is_equal:
+        ids = np.arange(min(8, config.block_size)) % config.vocab_size  # (T,)
+        logits = network(to_tensor(ids[None], network.device))[0].numpy()  # (T, V)
+        cache = KVCache(network, 1)
+        decoder = NumpyDecoder(network)
+        expected = np.concatenate([decoder.decode(token, cache) for token in ids])  # (T, V)
+        is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
+    fix = "export with the program that it was before, or use it from Python"
+    require(is_equal, f"this network is not GPT-2's, which other programs compute; {fix}")
+
+
 def export(
     model: Model, folder: Path | None, gguf: Path | None, license: str, half: bool, force: bool
 ) -> None:
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
+    require_gpt2(model.network)
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
     source = model.path.resolve()
     for path in filter(None, (folder, gguf)):
@@ -3682,6 +3716,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
     except (errors.HFValidationError, OSError) as error:
         raise UserError(f"{name}: not uploaded: {first_line(error)}") from None
     require(has_token, f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
+    require_gpt2(model.network)
     files = hub_files(model, name, license)  # before anything is created
     commit = [hub.CommitOperationAdd(path, content) for path, content in files.items()]
     try:
@@ -3877,7 +3912,11 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
         )
         if is_checkpoint_path(model.path):
             log(f"Stopped at step {model.metadata.step:,}, saved in {model.path}.")
-            log(f"The same command{' without --restart' if args.restart else ''} resumes it.")
+            place = checkpoint_path(output_path(args.out))
+            command = "The same command"
+            if model.path != place:
+                command = f"Once it is renamed to {place}, the same command"
+            log(f"{command}{' without --restart' if args.restart else ''} resumes it.")
         else:
             if hint and not args.quiet:
                 log(hint)

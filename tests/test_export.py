@@ -205,6 +205,28 @@ def test_nothing_is_replaced_without_force(trained, cli, tmp_path):
     assert own.read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("what", ["activation", "attention"])
+def test_network_that_was_changed(cli, tiny, tmp_path, monkeypatch, hub, what):
+    """Catches a network of a learner that is exported as if it were GPT-2."""
+
+    def relu(self, x):
+        return self.c_proj(torch.relu(self.c_fc(x)))
+
+    def sees_the_future(q, k, v):
+        return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+
+    assert cli("export", "before", "--model", tiny).status == 0
+    if what == "activation":
+        monkeypatch.setattr(anexagpt.MLP, "forward", relu)
+    else:
+        monkeypatch.setattr(anexagpt, "attention", sees_the_future)
+        monkeypatch.setattr(anexagpt.CausalSelfAttention, "attend", staticmethod(sees_the_future))
+    for command in ("export after", "export --gguf after.gguf", "push me/after"):
+        result = cli(*command.split(), "--model", tiny)
+        assert result.status == 2 and "not GPT-2's" in result.err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"before"}
+
+
 @pytest.mark.parametrize("name", ["f32", "f16"])
 def test_number_formats(trained, name):
     """Catches --f16 that changes nothing, or takes vectors or positions, which llama.cpp's own

@@ -131,6 +131,34 @@ def test_sampling_errors():
             model.generate("the", **settings)
 
 
+@pytest.mark.parametrize("settings, name", [
+    (dict(stop=None), "`stop=None`"), (dict(stop=3), "`stop=3`"), (dict(stop=["a", 3]), "`stop="),
+    (dict(stop=b"a"), "`stop="), (dict(prompt=None), "`prompt=None`"), (dict(prompt=3), "`prompt="),
+])  # fmt: skip
+def test_what_is_no_text(tiny, settings, name):
+    """Catches a TypeError from the depths, and a text that is taken apart."""
+    model = load(tiny)
+    with pytest.raises(UserError, match=name) as error:
+        model.generate(**settings)
+    assert "must be a text" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_a_character():
+    """Catches a UnicodeEncodeError for a text that was decoded with surrogateescape."""
+    with pytest.raises(UserError, match=r"`text`: \\udcff at 1,000 .*errors='replace'"):
+        train(text="a" * 1_000 + "\udcff", **SMALL)
+
+
+def test_graphics_cards_that_are_not_used(monkeypatch):
+    """Catches a run on the CPU that reads or changes the random state of each GPU."""
+    asked = []
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, **_: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    train(text=TEXT, dropout=0.1, **SMALL)
+    assert not asked
+
+
 def test_in_a_thread():
     """Catches what works in the main thread only, as signal handlers do."""
     models, expected = [], train(text=TEXT, **SMALL)

@@ -90,6 +90,18 @@ def test_checkpoint_that_is_somebody_elses(cli, when):
     assert result.status == 130 and "b.safetensors.checkpoint" in result.err
 
 
+def test_checkpoint_under_another_name(cli):
+    """Catches "the same command resumes it" where it does not; what the message says does."""
+    with at_step(2, put(CHECKPOINT)), interrupt_at(10):
+        result = cli(*RUN)
+    saved = Path("model.safetensors.new.checkpoint")
+    assert result.status == 130 and f"saved in {saved}" in result.err
+    assert f"renamed to {CHECKPOINT}, the same command resumes it" in result.err
+    saved.replace(CHECKPOINT)
+    result = stop(cli, 2)
+    assert "at step 10" in result.err and "\nThe same command resumes it" in result.err
+
+
 def test_backup_that_is_another_runs_output(cli):
     """Catches a model that --restart promised to keep, replaced by the run whose --out it is."""
     assert cli(*RUN, "--quiet").status == 0

@@ -66,6 +66,7 @@ def test_texts(cli, read, name):
     Path("x.txt").write_bytes(raw)
     data = read("--data", "x.txt", "--encoding", encoding)
     assert data == dict(names=["x.txt"], sha256=digest(text), characters=len(text))
+    assert anexagpt.Corpus.from_text(text).info[1:] == (digest(text), len(text))
     characters = anexagpt.load("model.safetensors").tokenizer.characters
     assert set(characters) == set(text) | {"\ufffd"} and list(characters[1:]) == sorted(
         characters[1:]

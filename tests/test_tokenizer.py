@@ -63,6 +63,8 @@ PROMPTS = [
     ("A", "\uff21\u00e5\u212b", "AAA", ["\uff21 as A"]),
     ("ss", "\u00df", "", ["dropped \u00df"]),
     ("ab", "a\tb\n", "ab", [r"dropped \t", r"dropped \n"]),
+    ("a\n\x85\u2028\u2029", "a\r\n\x85\u2028\u2029", "a\n\x85\u2028\u2029", []),
+    ("a\n", "a\x85\u2028\u2029a", "aa", [r"dropped \x85", r"dropped \u2028"]),
 ]
 
 

@@ -85,7 +85,7 @@ def train(
     """
     corpus = anexagpt.load_corpus([str(text)])
     selected, dtype = anexagpt.select_device(device)
-    with anexagpt.training_state():
+    with anexagpt.training_state(selected):
         cfg = TrainConfig(max_steps=steps)
         trainer = TimedTrainer(corpus, GPTConfig(**shape), cfg, selected, dtype)
         anexagpt.use_fast_training(trainer)  # a CUDA graph only for a plain Trainer

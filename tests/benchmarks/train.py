@@ -58,7 +58,7 @@ def anexa(corpus: Corpus, block: int, batch: int, steps: int, **settings) -> Run
         times.append(time.perf_counter())
         return False
 
-    with anexagpt.training_state():
+    with anexagpt.training_state(device):
         trainer = Trainer(corpus, config, cfg, device, dtype)
         anexagpt.use_fast_training(trainer)
         started = time.perf_counter()
