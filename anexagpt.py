@@ -783,7 +783,9 @@ class Trainer:
         """The windows and the rates of this step."""
         T = self.network.config.block_size
         windows = get_batch(self.train_ids, self.steps_done, self.cfg, T)  # (B, T + 1)
-        self.batch.copy_(self.local_rows(windows))
+        rows = self.local_rows(windows)
+        is_cuda = self.device.type == "cuda"  # then it is copied while the CPU goes on
+        self.batch.copy_(rows.pin_memory() if is_cuda else rows, non_blocking=is_cuda)
         n_known = torch.count_nonzero(windows[:, 1:])
         self.n_targets.fill_(n_known.clamp(min=1))
         self.lr_scale.fill_(lr_scale(self.steps_done, self.cfg))

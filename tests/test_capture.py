@@ -1,10 +1,16 @@
 """What a CUDA graph requires of a training step, checked on a CPU."""
 
+import argparse
 import contextlib
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import prose
+from conftest import ROOT, prose
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -196,3 +202,62 @@ def test_gpu_that_is_too_old(monkeypatch, capfd):
     assert device.type != "cuda" and "no kernel image" in capfd.readouterr().err
     device, _ = anexagpt.select_device("cuda", "float32")
     assert device.type == "cuda"  # the user's wish
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
+def test_only_a_gpu_gets_pinned_memory(monkeypatch, device):
+    """Catches a batch that makes the CPU wait for the GPU, and pinned memory without one."""
+    trainer = make_trainer()
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    trainer.device = torch.device(device)
+    trainer.set_inputs()
+    expected = anexagpt.get_batch(trainer.train_ids, 0, trainer.cfg, trainer.batch.shape[1] - 1)
+    assert torch.equal(trainer.batch, expected) and len(pinned) == (device == "cuda")
+
+
+# ---- what measures a GPU -------------------------------------------------------------------------
+
+
+def import_file(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"again_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_measurement_that_fails(tmp_path, monkeypatch, capsys):
+    """Catches a table or a JSON that is lost with the first measurement that fails."""
+    gpu = import_file(ROOT / "tests" / "benchmarks" / "gpu.py")
+
+    def in_new_process(function, *arguments):
+        if function is gpu.train:
+            raise RuntimeError("CUDA error: out of | memory")
+        return {"characters per second": 1234.5}
+
+    monkeypatch.setattr(gpu, "in_new_process", in_new_process)
+    report = gpu.Report(tmp_path / "gpu.json", "cpu")
+    args = argparse.Namespace(text=["a", "b"], steps=9, seconds=1.0, nanogpt=Path("nowhere"))
+    gpu.measure_all(report, args, "cpu", tmp_path)
+    report.print()
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    errors = [name for name, result in results.items() if "error" in result]
+    assert "out of | memory" in results["default run"]["error"] and len(results) == 6
+    assert len(errors) == 4  # both runs, and nanoGPT, which is nowhere
+    rows = capsys.readouterr().out.splitlines()
+    assert sum(row.startswith("| ") and row.count("|") == 3 for row in rows) == 1 + len(results)
+
+
+def test_cuda_tests_need_neither_pexpect_nor_playwright(monkeypatch):
+    """Catches tests that cannot be collected on a machine with a GPU but without these packages."""
+    files = [p for p in ROOT.glob("tests/test_*.py") if "DEVICES" in p.read_text(encoding="utf-8")]
+    for name in list(sys.modules):
+        if name.startswith("test_"):
+            monkeypatch.delitem(sys.modules, name)
+        if name.partition(".")[0] in ("pexpect", "playwright", "axe_playwright_python"):
+            monkeypatch.setitem(sys.modules, name, None)
+    for name in ("pexpect", "playwright", "axe_playwright_python"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for path in files:
+        import_file(path)
+    assert len(files) >= 3
