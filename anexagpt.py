@@ -3010,10 +3010,10 @@ def train(
         ctx.check_equal(repr(trainer.metadata()))
         if not plain:
             use_fast_training(trainer)
-        if files and is_first:
-            files.begin(trainer)
         board = tensorboard_writer(tensorboard if is_first else None, trainer.steps_done + 1)
         write_scalars = stack.enter_context(board)
+        if files and is_first:  # nothing can fail any more: an old checkpoint goes
+            files.begin(trainer)
         display = ProgressDisplay(trainer, progress and is_first, write_scalars)
         stack.enter_context(closing(display))
         model = run_training(trainer, files, ctx, display, should_stop)

@@ -90,6 +90,15 @@ def test_checkpoint_that_is_somebody_elses(cli, when):
     assert result.status == 130 and "b.safetensors.checkpoint" in result.err
 
 
+def test_restart_that_cannot_begin(cli):
+    """Catches --restart that drops an unfinished run, or renames a model, and trains nothing."""
+    stop(cli, 10)
+    before = CHECKPOINT.read_bytes()
+    Path("file").touch()
+    assert "--tensorboard file" in cli(*RUN, "--restart", "--tensorboard", "file").err
+    assert CHECKPOINT.read_bytes() == before
+
+
 def test_checkpoint_under_another_name(cli):
     """Catches "the same command resumes it" where it does not; what the message says does."""
     with at_step(2, put(CHECKPOINT)), interrupt_at(10):
