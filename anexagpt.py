@@ -1769,8 +1769,13 @@ Model.write_file = staticmethod(publish_tensors)
 
 
 def user_path(name: str | Path) -> Path:
-    """A path, where ~ is the home folder: no shell expands --out=~/x, or a name in Python."""
-    return Path(os.path.expanduser(name))
+    """A path, where ~ is the home folder: no shell expands --out=~/x, or a name in Python.
+
+    raises: UserError if there is no home folder
+    """
+    path = Path(os.path.expanduser(name))
+    require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
+    return path
 
 
 def file_id(path: Path) -> tuple | None:
@@ -1988,26 +1993,32 @@ TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
 
+URL = "(?i)[a-z][a-z0-9+.-]+:/"  # its beginning; a Path has only one slash
+
+
 def is_url(name: str) -> bool:
     return re.match("(?i)https?://", name) is not None
 
 
 def public_name(name: str) -> str:
     """A URL without user, password, query and fragment, which may be secret; other names as is."""
-    if not re.match("(?i)[a-z][a-z0-9+.-]+:/", name):
+    if not re.match(URL, name):
         return name
     scheme, _, rest = name.partition(":")
     try:
         parts = urlsplit(f"//{rest.lstrip('/')}")
+        host = parts.hostname or ""
+        if ":" in host:
+            host = f"[{host}]"
         port = "" if parts.port is None else f":{parts.port}"
-        return f"{scheme}://{parts.hostname or ''}{port}{parts.path}"
+        return f"{scheme}://{host}{port}{parts.path}"
     except ValueError:  # as for a password with a slash, which is taken for a port
         return f"{scheme}://..."
 
 
 def hide_secrets(text: str) -> str:
     """A message with the public names of its URLs."""
-    url = r"(?i)[a-z][a-z0-9+.-]+:/\S*?(?='?\.?(?:\s|$))"  # without a quote or dot at its end
+    url = rf"{URL}\S*?(?=[':;,.)]*(?:\s|$))"  # without punctuation at its end
     return re.sub(url, lambda match: public_name(match[0]), text)
 
 
@@ -2324,7 +2335,7 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
         try:
             with io.TextIOWrapper(source.open(), source.encoding, errors) as file:
                 pieces = strip_licenses(decoded_pieces(file, replace_errors))
-                for i, piece in enumerate(pieces):
+                for i, piece in enumerate(filter(None, pieces)):
                     if i == 0 and not last.endswith("\n"):
                         yield "\n"
                     yield piece
@@ -2334,6 +2345,9 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
             raise UserError(f"`encoding={source.encoding}`: {fix}") from None
         except UnicodeError:
             raise text_error(source) from None
+        except OSError as error:
+            error.filename = str(source)  # a broken disk does not name the file
+            raise
 
 
 def load_corpus(
@@ -2701,11 +2715,13 @@ def output_path(out: str | Path) -> Path:
     is_file = out.suffix == ".safetensors" and not out.is_dir()
     shown = public_name(str(out))
     require(is_file, f"`out={shown}`: must be a file ending in .safetensors; choose another name")
+    is_local = not re.match(URL, str(out))
+    require(is_local, f"`out={shown}`: must be a file of this computer; choose another name")
     for path in (out, checkpoint_path(out)):
         try:
             file_id(path)
-        except OSError as error:
-            raise UserError(f"`out={out}`: {error.strerror}; choose another name") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"`out={out}`: {save_error(error)}; choose another name") from None
     return out
 
 
@@ -2780,8 +2796,11 @@ class RunFiles:
         """raises: UserError"""
         weights = dict(model.network.named_parameters())
         self.model.rescue(weights, model.metadata.to_header())
-        self.checkpoint.remove()
         model.path = self.model.path
+        try:
+            self.checkpoint.remove()
+        except OSError as error:
+            log(f"NOTE: {self.checkpoint.path}: cannot be removed ({error.strerror})")
 
 
 def saved_names(metadata: Metadata) -> list[str]:

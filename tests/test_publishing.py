@@ -90,6 +90,38 @@ def test_checkpoint_that_is_somebody_elses(cli, when):
     assert result.status == 130 and "b.safetensors.checkpoint" in result.err
 
 
+def test_checkpoint_that_cannot_be_removed(cli, monkeypatch):
+    """Catches a run that seems to fail, since its checkpoint stays beside the finished model."""
+    stop(cli, 10)
+
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    result = cli(*RUN)
+    assert result.status == 0 and "Model saved to" in result.err
+    assert f"NOTE: {CHECKPOINT}: cannot be removed" in result.err and CHECKPOINT.exists()
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/a.safetensors", "~/a.safetensors", "a\0.safetensors"])
+def test_outputs_that_are_no_file_here(cli, monkeypatch, out):
+    """Catches a folder named s3: or ~, in a container without a home, and a traceback."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    before = set(os.listdir())
+    assert cli(*RUN, "--out", out).is_error(out[:1], "name" if out[0] != "~" else "whole path")
+    assert set(os.listdir()) == before
+
+
+def test_text_on_a_broken_disk(cli, monkeypatch):
+    """Catches "system: Input/output error", which does not say of which file."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(anexagpt, "decoded_pieces", fail)
+    assert cli(*RUN).is_error("prose.txt: Input/output error")
+
+
 def test_restart_that_cannot_begin(cli):
     """Catches --restart that drops an unfinished run, or renames a model, and trains nothing."""
     stop(cli, 10)

@@ -463,6 +463,16 @@ def test_secrets_of_an_address_that_is_none(cli, url):
         assert not re.search("secret|ret@|:sec|hidden", result.err), result
 
 
+@pytest.mark.parametrize("address", ["https://127.0.0.1:1", "http://[::1]:9/x"])
+def test_name_of_an_address(cli, address):
+    """Catches an address that is hidden without cause, and a colon that goes with it."""
+    url = address.replace("//", "//me:secret@")
+    assert f"--data {address}: cannot be downloaded" in failed(cli("train", "--data", url, *SMALL))
+    assert anexagpt.hide_secrets(f"'{url}?x': a, ({url}), {url}.") == (
+        f"'{address}': a, ({address}), {address}."
+    )
+
+
 THREE_KINGDOMS = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
 汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。
