@@ -1,9 +1,10 @@
-"""Generation: Anexa against transformers' and nanoGPT's generate, with the same weights, in turn.
+"""Generation: Anexa against transformers, nanoGPT and llama.cpp, with the same weights, in turn.
 
     python tests/benchmarks/generate.py --model model.safetensors --nanogpt ../nanoGPT
 
 Characters per second for one text and for 64 at once, over a context that is filled from one
-character to its end: beyond it only Anexa and nanoGPT continue. Temperature 0.8.
+character to its end: beyond it only Anexa and nanoGPT continue. Temperature 0.8. llama.cpp (by
+xllamacpp, as a server of its own process; --llama) computes in float32, too, and writes one text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import logging
 import os
 import statistics
 import sys
+import tempfile
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -110,11 +113,58 @@ def nanogpt(model: anexagpt.Model, checkout: Path) -> Program:
     return run
 
 
+def llama(model: anexagpt.Model, threads: int) -> Program:
+    """llama.cpp: float32 weights, keys and values; no other sampler than the temperature."""
+    import xllamacpp
+
+    path = Path(tempfile.mkdtemp()) / "model.gguf"
+    model.save(path.with_name("model.safetensors"))
+    anexagpt.main(
+        [
+            "export",
+            str(path.parent / "hf"),
+            str(path.with_name("model.safetensors")),
+            "--gguf",
+            str(path),
+        ]
+    )
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.verbosity = 0
+    params.n_parallel = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    question = {
+        "prompt": model.tokenizer.characters[1],
+        "samplers": ["temperature"],
+        "temperature": 0.8,
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "stream": False,
+    }
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def run(batch: int, n: int) -> None:
+        assert batch == 1
+        data = json.dumps({**question, "n_predict": n}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/completion", data, headers)
+        with opener.open(request) as answer:
+            timings = json.load(answer)["timings"]
+        assert timings["predicted_n"] == n
+
+    return run
+
+
 def measure(programs: dict[str, Program], batch: int, n: int, rounds: int) -> dict:
     """Characters per second of each program, a list over the rounds."""
     speeds = {name: [] for name in programs}
     for turn in range(rounds + 1):
         for name, run in programs.items():
+            if name == "llama.cpp" and batch > 1:
+                continue
             if name == "nanoGPT" and batch > 1 and turn > 1:
                 continue  # a minute a turn: one is enough
             started = time.perf_counter()
@@ -129,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("model.safetensors"))
     parser.add_argument("--nanogpt", type=Path, help="checkout of karpathy/nanoGPT")
+    parser.add_argument("--llama", action="store_true", help="llama.cpp, too; needs xllamacpp")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 64], help="texts at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -141,6 +192,8 @@ def main() -> None:
     programs = {"Anexa": anexa(model), "transformers": transformers(model)}
     if args.nanogpt:
         programs["nanoGPT"] = nanogpt(model, args.nanogpt)
+    if args.llama:
+        programs["llama.cpp"] = llama(model, args.threads)
     n = model.metadata.config.block_size - 1
     figures = []
     print(f"{n} characters a text, {args.threads} threads, {args.rounds} rounds\n")
@@ -148,6 +201,8 @@ def main() -> None:
     for batch in args.batch:
         speeds = measure(programs, batch, n, args.rounds)
         for name, values in speeds.items():
+            if not values:
+                continue
             median = statistics.median(values)
             pairs = zip(speeds["Anexa"], values, strict=False)
             ratio = statistics.median(ours / theirs for ours, theirs in pairs)

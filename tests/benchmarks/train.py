@@ -3,14 +3,20 @@
     python tests/benchmarks/train.py --text tinyshakespeare.txt --nanogpt ../nanoGPT
 
 Two questions. How many characters per second, optimizer included, evaluation aside? How long from
-the first step to the validation loss that nanoGPT's own CPU command ends with? nanoGPT runs its own
-train.py, unchanged. Without --nanogpt only the others run.
+the first step to the validation loss that nanoGPT's own CPU command ends with? Its loss and ours
+are over the whole validation part, the same characters in the same windows. Every program has its
+default settings; nanoGPT runs its own train.py, unchanged, and computes in float32, as does the
+loop with transformers. Without --nanogpt only the others run. A processor without bfloat16 is
+simulated on a newer one by --dtype float32 and
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
 import statistics
@@ -46,12 +52,10 @@ def median_ms(times: list[float]) -> float:
 # ---- Anexa ---------------------------------------------------------------------------------------
 
 
-def anexa(corpus: Corpus, block: int, batch: int, steps: int, **settings) -> Run:
+def anexa(corpus: Corpus, block: int, batch: int, steps: int, dtype: str) -> Run:
     config = GPTConfig(block_size=block, **SHAPE)
-    cfg = TrainConfig(
-        batch_size=batch, max_steps=steps, eval_interval=steps, dropout=0.0, **settings
-    )
-    device, dtype = anexagpt.select_device("cpu")
+    cfg = TrainConfig(batch_size=batch, max_steps=steps, eval_interval=steps)
+    device, dtype = anexagpt.select_device("cpu", dtype)
     times = []
 
     def note_time(trainer: Trainer) -> bool:
@@ -64,7 +68,8 @@ def anexa(corpus: Corpus, block: int, batch: int, steps: int, **settings) -> Run
         started = time.perf_counter()
         trainer.fit(should_stop=note_time)
         seconds = time.perf_counter() - started
-    return Run(median_ms([started, *times]), seconds, trainer.best_loss)
+        loss, _ = anexagpt.evaluate(trainer.ema, anexagpt.split_ids(corpus.ids)[1])
+    return Run(median_ms([started, *times]), seconds, loss)
 
 
 # ---- nanoGPT -------------------------------------------------------------------------------------
@@ -86,8 +91,9 @@ def prepare_nanogpt(checkout: Path, text: str) -> None:
 
 def nanogpt(checkout: Path, block: int, batch: int, steps: int) -> Run:
     """nanoGPT's train.py, with the milliseconds of its own log."""
+    out = tempfile.mkdtemp()
     command = f"""train.py config/train_shakespeare_char.py --device=cpu --compile=False
-        --dataset=benchmark --out_dir={tempfile.mkdtemp()} --eval_iters=20 --log_interval=1
+        --dataset=benchmark --out_dir={out} --eval_iters=20 --log_interval=1
         --block_size={block} --batch_size={batch} --n_layer=4 --n_head=4 --n_embd=128
         --max_iters={steps} --lr_decay_iters={steps} --dropout=0.0"""
     started = None
@@ -101,7 +107,29 @@ def nanogpt(checkout: Path, block: int, batch: int, steps: int) -> Run:
             if found := re.match(r"iter \d+: .* time ([\d.]+)ms", line):
                 times.append(float(found[1]))
     seconds = time.perf_counter() - started
-    return Run(statistics.median(times[len(times) // 5 :]), seconds)
+    loss = nanogpt_loss(checkout, Path(out, "ckpt.pt"))
+    return Run(statistics.median(times[len(times) // 5 :]), seconds, loss)
+
+
+@torch.no_grad()
+def nanogpt_loss(checkout: Path, path: Path) -> float:
+    """Loss of a checkpoint over the whole validation part, in windows that do not overlap."""
+    if not path.exists():  # a run of a few steps
+        return math.nan
+    sys.path.insert(0, str(checkout))
+    import model as nano
+
+    checkpoint = torch.load(path, weights_only=False)
+    network = nano.GPT(nano.GPTConfig(**checkpoint["model_args"])).eval()
+    network.load_state_dict(checkpoint["model"])
+    ids = np.fromfile(checkout / "data" / "benchmark" / "val.bin", np.uint16).astype("i8")
+    total = 0.0
+    T = network.config.block_size
+    for start in range(0, len(ids) - 1, T):
+        window = torch.from_numpy(ids[start : start + T + 1])[None]
+        _, loss = network(window[:, :-1], window[:, 1:])
+        total += loss.item() * (window.shape[1] - 1)
+    return total / (len(ids) - 1)
 
 
 # ---- transformers --------------------------------------------------------------------------------
@@ -138,7 +166,7 @@ def compare_speed(corpus: Corpus, args: argparse.Namespace, block: int, batch: i
     if args.nanogpt:
         ms["nanoGPT"] = []
     for _ in range(args.rounds):
-        ms["Anexa"].append(anexa(corpus, *shape).ms)
+        ms["Anexa"].append(anexa(corpus, *shape, args.dtype).ms)
         if args.nanogpt:
             ms["nanoGPT"].append(nanogpt(args.nanogpt, *shape).ms)
         ms["transformers"].append(transformers(corpus, *shape).ms)
@@ -155,16 +183,14 @@ def compare_speed(corpus: Corpus, args: argparse.Namespace, block: int, batch: i
 
 def compare_time_to_loss(corpus: Corpus, args: argparse.Namespace) -> dict:
     """Seconds to the loss at which nanoGPT's own CPU command ends."""
-    # A short run bears higher rates than the 5,000 steps that the defaults are for.
-    rates = {"muon_learning_rate": 0.06, "learning_rate": 0.06, "warmup_steps": 60}
-    ours = anexa(corpus, 64, 12, args.our_steps, **rates)
-    print(f"\n{args.our_steps} steps of 12 x 64: loss {ours.loss:.4f} after {ours.seconds:.1f} s")
+    ours = anexa(corpus, 64, 12, args.our_steps, args.dtype)
+    print(f"\nAnexa, {args.our_steps} steps of 12 x 64: {ours.loss:.4f} after {ours.seconds:.1f} s")
     figures = {"anexa": ours.seconds, "loss": ours.loss}
     if args.nanogpt:
-        peer = nanogpt(args.nanogpt, 64, 12, 2_000).seconds
-        ratio = peer / ours.seconds
-        print(f"nanoGPT's own 2,000 steps, to 1.874: {peer:.1f} s, {ratio:.1f} times")
-        figures["nanogpt"] = peer
+        peer = nanogpt(args.nanogpt, 64, 12, 2_000)
+        ratio = peer.seconds / ours.seconds
+        print(f"nanoGPT, 2,000 steps: {peer.loss:.4f} after {peer.seconds:.1f} s, {ratio:.1f} x")
+        figures |= {"nanogpt": peer.seconds, "nanogpt loss": peer.loss}
     return figures
 
 
@@ -175,6 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="timed steps of a round")
     parser.add_argument("--our-steps", type=int, default=425, help="steps to the same loss")
+    parser.add_argument("--dtype", default="auto", help="of Anexa: auto, float32 or bfloat16")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     corpus = anexagpt.load_corpus([str(args.text)])
