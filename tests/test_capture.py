@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,13 +164,23 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value, raising=False)
 
 
+def fake_trainer(cuda: FakeCuda) -> SimpleNamespace:
+    return SimpleNamespace(update=lambda: cuda.events.append("eager"), context=32)
+
+
 def test_warm_up_capture_and_replays(monkeypatch):
-    """Catches a step that is lost at the capture, or computed twice."""
+    """Catches a step that is lost at the capture, or computed twice, and a graph that is replayed
+    where the context, so the shapes, are others."""
     cuda = FakeCuda(monkeypatch)
-    update = CudaGraph(lambda: cuda.events.append("eager"))
+    trainer = fake_trainer(cuda)
+    update = CudaGraph(trainer)
     for _ in range(6):
         update()
-    assert cuda.events == ["eager"] * 3 + ["capture"] + ["replay"] * 3
+    trainer.context = 64
+    for _ in range(5):
+        update()
+    steps = ["eager"] * 3 + ["capture"]
+    assert cuda.events == steps + ["replay"] * 3 + steps + ["replay"] * 2
 
 
 def test_capture_that_fails(monkeypatch, capfd):
@@ -178,7 +189,7 @@ def test_capture_that_fails(monkeypatch, capfd):
     error = RuntimeError("capture ended")
     error.__context__ = RuntimeError("operation not permitted when stream is capturing")
     cuda = FakeCuda(monkeypatch, error)
-    update = CudaGraph(lambda: cuda.events.append("eager"))
+    update = CudaGraph(fake_trainer(cuda))
     for _ in range(6):
         update()
     assert [e for e in cuda.events if e != "generator"] == ["eager"] * 3 + ["capture"] + [
