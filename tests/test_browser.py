@@ -768,7 +768,7 @@ def test_most_telling_head(page, large_logits):
     assert page.evaluate(script) == 1
     other = (first + 1) % 6
     page.locator(".map").nth(other).click()
-    assert f"Block {other // 2 + 1}, head {other % 2 + 1}: " in see(page, "inside")
+    assert f"block {other // 2 + 1}, head {other % 2 + 1} looks" in see(page, "inside")
     assert page.evaluate("document.activeElement.id") == f"head-{other}"
     map_ = page.locator("#head-map")  # the map has the last 32 of 35 characters
     box = map_.bounding_box()
