@@ -7,22 +7,23 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
-import itertools
 import json
 import math
 import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, prose
 
 sys.path.insert(0, str(ROOT / "docs"))
+import blocks
+import browser
 import exercises
 import pictures
 
@@ -131,36 +132,25 @@ def same_output(told: str, found: str, roughly: bool) -> bool:
     )
 
 
-def pasted(block: str, console: code.InteractiveConsole) -> tuple[str, str]:
-    """What a block prints, and its errors, when its lines are pasted into Python's prompt."""
-    printed, errors = io.StringIO(), io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(errors):
-        if [console.push(line) for line in block.splitlines()][-1]:
-            console.push("")
-    return re.sub("(?m)^<.* at 0x[0-9a-f]+>\n", "", printed.getvalue()), errors.getvalue()
-
-
 @pytest.mark.parametrize(
-    "name, at_least", [("new_architecture", 15), ("training", 5), ("idea", 1)], ids=str
+    "name, at_least",
+    [("new_architecture", 15), ("training", 5), ("idea", 1), ("journey", 12)],
+    ids=str,
 )
-def test_pages_as_they_are_pasted(name, at_least, monkeypatch):
+def test_pages_as_they_are_pasted(name, at_least, tmp_path, monkeypatch):
     """Catches a block that fails in Python's prompt, as one whose loop has no empty line after it,
     or that prints something else than the page says."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    blocks = [*FENCE.findall(TEXTS[ROOT / "docs" / f"{name}.md"]), ("", "", "")]
-    console, ran, wrong = code.InteractiveConsole({"__name__": "__main__"}), 0, []
-    for (_, language, block), (_, after, told) in itertools.pairwise(blocks):
-        if language != "python":
-            continue
-        ran += 1
-        found, errors = pasted(block, console)
-        told = told if after.startswith("text") else ""
-        if errors or not same_output(told, found, after == "text about"):
-            wrong.append(f"block {ran}:\n{block}printed\n{found}{errors}")
+    results = blocks.run(TEXTS[ROOT / "docs" / f"{name}.md"])
     torch.set_num_threads(threads)
     torch.set_printoptions(profile="default")
-    assert ran >= at_least and not wrong, "\n".join(wrong)
+    wrong = [
+        f"{r.block}printed\n{r.found}{r.errors}"
+        for r in results
+        if r.errors or not same_output(r.told, r.found, r.language == "text about")
+    ]
+    assert len(results) >= at_least and not wrong, "\n".join(wrong)
 
 
 def test_outputs_are_compared():
@@ -186,7 +176,7 @@ def test_readme_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setattr(anexagpt, "train", small_train)
 
     names = {"__name__": "__main__"}
-    found, errors = pasted(block, code.InteractiveConsole(names))
+    found, errors = blocks.pasted(block, code.InteractiveConsole(names))
     assert "Traceback" not in errors and "100/100" in errors, errors
     model = names["model"]
     assert len(re.findall(r"(?m)^Model: .* trained on sherlock for 100 steps", found)) == 1
@@ -194,7 +184,7 @@ def test_readme_in_a_notebook(tmp_path, monkeypatch):
     assert names["p"].shape == (len(model.tokenizer),) and abs(names["p"].sum() - 1) < 1e-5
     assert f"\n{model.tokenizer.characters[names['p'].argmax()]} " in found
     load = re.search(r"`model = (anexagpt\.load\(.+?\))`", section)[1]
-    again = pasted(load, code.InteractiveConsole({"anexagpt": anexagpt}))
+    again = blocks.pasted(load, code.InteractiveConsole({"anexagpt": anexagpt}))
     assert again == (f"{model}\n", "")
     for word in re.findall(r"`(\w+)`", section.partition("Options of")[2].partition(".")[0]):
         known = {f.name for cls in (GPTConfig, TrainConfig) for f in dataclasses.fields(cls)}
@@ -319,6 +309,50 @@ def test_measured_numbers():
             words in (f"{n:.1f} million", f"{n:.0f} million") and words in TEXTS[ROOT / "README.md"]
         )
     assert f"{10 * T + 10:,} characters" in pages["faq"]
+
+
+@functools.lru_cache
+def demo_model() -> anexagpt.Model:
+    """The default model of this version, which is inside demo.html."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(browser.demo_model())
+        return anexagpt.load(path)
+
+
+def test_journey_is_true():
+    """Catches sentences of journey.md that are not true of the model inside demo.html, and numbers
+    in them that no block prints. (test_pages_as_they_are_pasted checks what the blocks print.)"""
+    page = TEXTS[ROOT / "docs" / "journey.md"]
+    printed = " ".join(block for _, language, block in FENCE.findall(page) if language == "text")
+    for number in re.findall(r"\d+\.\d+(?=%| )|\d+(?=%)", without_code(page)):
+        assert number in printed or number in ("4.6", "1.1", "1.3", "1.4", "2.3"), number
+    model = demo_model()
+    text = "It was a "
+    assert text in page
+    rows = model.attention(text)[:, :, 8]  # (L, H, T), from the last position
+    assert rows[0, 1, 7] > 0.9 and rows[0, [0, 2, 3]].max() < 0.2  # 1.2; 1.1, 1.3, 1.4
+    assert rows[1, 2].argmax() == rows[2, 2].argmax() == 7  # 2.3, 3.3
+    assert (rows[1].argmax(-1) == 0).sum() == 3
+    second, first = np.sort(np.log(rows[0, 1]))[-2:]
+    assert abs(first - second - 4.6) < 0.1
+
+    names = model.tokenizer.characters
+    x = model.network.embed(torch.tensor(model.tokenizer.encode(text)[None].astype("i8")))
+    best, lengths = [], []
+    for block in model.network.h:
+        for part in (
+            lambda x, block=block: block.attn(block.ln_1(x)),
+            lambda x, block=block: block.mlp(block.ln_2(x)),
+        ):
+            best.append([names[i] for i in model.network.logits(x[0, 8]).argsort().flip(0)[:5]])
+            added = part(x)
+            lengths.append(added[0, 8].norm().item())
+            x = x + added
+    best.append([names[i] for i in model.network.logits(x[0, 8]).argsort().flip(0)[:5]])
+    assert best[0][0] == best[2][0] == " " and best[5].index(" ") > 0
+    assert not set("aeiou\n") & set("".join(best[5] + best[6] + best[7] + best[8]))
+    assert max(lengths) == lengths[7] and best[7][1] == "q" and "q" not in best[8]
 
 
 def pins(name: str) -> list[str]:
