@@ -43,11 +43,12 @@ def without_code(text: str) -> str:
 
 
 def test_links():
-    """Catches a link to a page, picture or heading that is not there, and a page or picture that
-    no page links to."""
+    """Catches a link to a page, picture or heading that is not there, a page or picture that no
+    page links to, and a picture without its dark version or without a text for the blind."""
     linked = set()
     for page, text in TEXTS.items():
-        for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text).replace("[]", "[x]")):
+        targets = re.findall(r"\]\(([^)\s]+)\)", without_code(text).replace("[]", "[x]"))
+        for target in targets + re.findall(r'src(?:set)?="([^"]+)"', text):
             if target.startswith(("http://", "https://")):
                 continue
             name, _, anchor = target.partition("#")
@@ -57,6 +58,13 @@ def test_links():
             headings = re.findall(r"^#+ (.+)$", FENCE.sub("", TEXTS.get(path, "")), re.MULTILINE)
             names = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
             assert not anchor or anchor in names, (page.name, target)
+        for element in re.findall("(?s)<picture>.*?</picture>", text):
+            dark, alt, light = re.fullmatch(
+                r'<picture>\n<source media="\(prefers-color-scheme: dark\)" srcset="(.+)">\n'
+                r'<img alt="([^"]{30,})" src="(.+)">\n</picture>',
+                element,
+            ).groups()
+            assert dark == light.replace(".svg", "-dark.svg"), (page.name, alt)
     made = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "pictures").glob("*.svg")]
     assert not [path.name for path in made if path.resolve() not in linked]
 
@@ -270,7 +278,7 @@ def test_pictures_are_drawn_from_their_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
     pictures.draw(json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8")))
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
-    assert len(drawn) > 4
+    assert len(drawn) > 14
     for name, svg in drawn.items():
         assert svg == (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8"), name
 
@@ -353,6 +361,38 @@ def test_journey_is_true():
     assert best[0][0] == best[2][0] == " " and best[5].index(" ") > 0
     assert not set("aeiou\n") & set("".join(best[5] + best[6] + best[7] + best[8]))
     assert max(lengths) == lengths[7] and best[7][1] == "q" and "q" not in best[8]
+
+
+def test_architecture_names_what_exists():
+    """Catches a place in the table under the picture of the network that the program lacks."""
+    page = TEXTS[ROOT / "docs" / "new_architecture.md"]
+    table = page.partition("| part of the picture |")[2].partition("\n\n")[0]
+    places = re.findall(r"`([\w.]+)`", table)
+    for place in places:
+        assert functools.reduce(getattr, place.split("."), anexagpt), place
+    assert len(places) > 8
+    drawn = (ROOT / "docs" / "pictures" / "architecture.svg").read_text(encoding="utf-8")
+    headings = {h.lower() for h in re.findall("(?m)^##+ (.+)$", page)}
+    links = re.findall(r"new_architecture\.md#(\w+)", drawn)
+    assert len(links) > 10 and set(links) <= headings
+
+
+def test_embeddings_are_grouped():
+    """Catches a map of the embeddings that no longer shows what the page says of it."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    found = figures["model"]["embeddings"]
+    points = dict(zip(found["characters"], np.array(found["points"]), strict=True))
+    lowercase = sorted("abcdefghijklmnopqrstuvwxyz", key=lambda c: -points[c][3])
+    assert set(lowercase[:5]) <= set("aeiouy") and set(lowercase[:8]) == set("aeiouywh")
+    groups = ["aeinrstlm", "ABCDEFGHJKLMNOPQRSTUVW", "123456789", ".,;!?"]
+    for group in groups:  # nearer to its own center than to those of the others
+        for c in group:
+            distances = [np.linalg.norm((points[c] - mean(points, g))[:2]) for g in groups]
+            assert np.argmin(distances) == groups.index(group), c
+
+
+def mean(points: dict, characters: str) -> np.ndarray:
+    return np.mean([points[c] for c in characters], axis=0)
 
 
 def pins(name: str) -> list[str]:
