@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import browser
 import numpy as np
+import quotes
 import torch
 from rich.ansi import AnsiDecoder
 from rich.console import Console
@@ -42,7 +43,7 @@ import anexagpt
 from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
 FOLDER = HERE / "pictures"
-FIGURES = FOLDER / "figures.json"
+FIGURES = quotes.FIGURES
 HEADS = {"1.2": "the preceding character", "3.2": "often the word's start"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
 VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 2", "quit")
@@ -777,11 +778,7 @@ def main() -> None:
         elif args.what == "baselines":
             measured["baselines"] = baselines(anexagpt.load_corpus([args.data or "sherlock"]))
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) | measured
-    entries = []
-    for name, value in figures.items():
-        entries.append(f'"{name}": {json.dumps(value, ensure_ascii=False)}')
-    content = "{\n" + ",\n".join(entries) + "\n}\n"
-    FIGURES.write_text(content, encoding="utf-8", newline="\n")
+    quotes.write(figures)
     draw(figures)
 
 

@@ -26,6 +26,7 @@ import blocks
 import browser
 import exercises
 import pictures
+import quotes
 
 import anexagpt
 from anexagpt import GPTConfig, TrainConfig
@@ -393,6 +394,91 @@ def test_embeddings_are_grouped():
 
 def mean(points: dict, characters: str) -> np.ndarray:
     return np.mean([points[c] for c in characters], axis=0)
+
+
+def test_quoted_figures():
+    """Catches a figure that stands on several pages and was changed on one of them, and one that
+    benchmarks.md, or the model inside demo.html, no longer says."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    benchmarks = TEXTS[ROOT / "docs" / "benchmarks.md"]
+    computed = quotes.model_values()
+    for name, quote in figures["quoted"].items():
+        for page, phrases in quote["pages"].items():
+            for phrase in phrases:
+                text = TEXTS[ROOT / page]
+                assert quotes.with_value(text, phrase, quote["value"]) == (text, 1), (name, phrase)
+        if quote["source"] == "model":
+            assert quote["value"] == computed.pop(name), name
+        if quote["source"].startswith("docs/benchmarks.md"):
+            measured = quote["source"].partition(": ")[2] or quote["value"]
+            assert measured in benchmarks, name
+            assert abs(number(measured) - number(quote["value"])) < 0.006, name
+    assert not computed
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+# Figures that neither the code nor figures.json knows, by page, with their source.
+SOURCES = {
+    "README": {
+        "10.7 1.470 1.88 3.10 2.13 600 3.4": "nanoGPT's README; versions; sizes of the files",
+        "1.5 40 671 37 14.8 2.788 32 15.5": "the reports that the table links",
+    },
+    "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
+    "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
+    "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
+    "idea": {"12 2.5 1.5": "printed as 12.0; ln 12; a suggestion"},
+    "journey": {"4.6": "test_journey_is_true"},
+    "new_architecture": {
+        "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
+        "0.0005 0.02 27 1.443 1.3 3.7 1.9 1.5": "GELU; GPT-2; the example of 1.3 nats",
+    },
+    "old_architecture": {
+        "1.3 3.11 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py; Python 3.11"
+    },
+    "reading": {"1 8 60 300 2.12 1.96 1.79 2.47 3.11 2,000 0.01 600": "one run of each exercise"},
+    "training": {
+        "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
+    },
+    "troubleshooting": {"3.10 560,000 0.3 50 20 20,000": "Python; the book; Trainer.fit; the page"},
+}
+UNITS = "%|min|sec|ms|[MGk]B|char|nats|bits|steps|times|[mbtr]+illion|hours|parameters|epochs"
+
+
+def test_every_figure_is_known():
+    """Catches a figure in a sentence or table that is none of: printed by a block of that page,
+    quoted from figures.json, computed from the code, listed in SOURCES."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    config, cfg = GPTConfig(vocab_size=82), TrainConfig()
+    known = {f"{value:,}" for value in (81, config.block_size, cfg.max_steps, 1_000)}
+    known |= {f"{anexagpt.SampleConfig().temperature}", "0.8", f"{cfg.muon_learning_rate}"}
+    known |= {f"{GPTConfig(vocab_size=82, **anexagpt.SIZES['medium']).n_parameters() / 1e6:.1f}"}
+    for loss in figures["baselines"].values():
+        known |= {f"{loss:.2f}", f"{loss / math.log(2):.2f}", f"{math.exp(loss):.0f}"}
+    for name, rows in figures["curves"].items():
+        known |= {name.rpartition(" ")[2], f"{rows[-1][1]:.3f}"}
+    gradient, _ = figures["model"]["muon"]
+    known |= {f"{gradient[0]:.2f}", "0.65", f"{figures['learning']['losses'][0][1]:.2f}"}
+    figure = rf"(?<![\w.,#-])(?:\d[\d,]*\.\d+|\d[\d,]*\d(?= ?(?:{UNITS}))|\d(?= ?(?:{UNITS})))"
+    unknown, unused = [], []
+    for path, text in TEXTS.items():
+        if path.stem == "benchmarks" or path.parent.name == "benchmarks":
+            continue  # the source of the others
+        prose = re.sub(r"\]\(\S*\)", "]", without_code(text))
+        prose = re.sub("(?m)^    .*$", "", prose)
+        printed = " ".join(block for _, _, block in FENCE.findall(text))
+        for quote in figures["quoted"].values():
+            if any(page.endswith(path.name) for page in quote["pages"]):
+                printed += " " + quote["value"]
+        printed = set(re.findall(r"\d[\d,]*(?:\.\d+)?", printed))
+        sourced = {n for group in SOURCES.get(path.stem, {}) for n in group.split()}
+        found = set(re.findall(figure, prose))
+        unknown += [(path.name, n) for n in found - known - printed - sourced]
+        unused += [(path.name, n) for n in sourced - found]
+    assert not unknown, "\n".join(map(str, sorted(unknown)))
+    assert not unused, unused
 
 
 def pins(name: str) -> list[str]:
