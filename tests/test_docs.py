@@ -454,7 +454,9 @@ def test_every_figure_is_known():
     config, cfg = GPTConfig(vocab_size=82), TrainConfig()
     known = {f"{value:,}" for value in (81, config.block_size, cfg.max_steps, 1_000)}
     known |= {f"{anexagpt.SampleConfig().temperature}", "0.8", f"{cfg.muon_learning_rate}"}
-    known |= {f"{GPTConfig(vocab_size=82, **anexagpt.SIZES['medium']).n_parameters() / 1e6:.1f}"}
+    for size, digits in (("medium", 1), ("large", 0)):
+        n = GPTConfig(vocab_size=82, **anexagpt.SIZES[size]).n_parameters()
+        known.add(f"{n / 1e6:.{digits}f}")
     for loss in figures["baselines"].values():
         known |= {f"{loss:.2f}", f"{loss / math.log(2):.2f}", f"{math.exp(loss):.0f}"}
     for name, rows in figures["curves"].items():
