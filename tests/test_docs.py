@@ -396,6 +396,46 @@ def mean(points: dict, characters: str) -> np.ndarray:
     return np.mean([points[c] for c in characters], axis=0)
 
 
+@pytest.mark.parametrize(
+    "title, words",
+    [
+        ("/probs: the next character", ["Sherlock", "--view", "probs", "--top-k", "5"]),
+        ("/attn: attention", ["Sherlock Holmes", "--view", "attn", "--layer", "3", "--head", "2"]),
+        ("/tokens: ids", ["Who’s at the café?", "--view", "tokens"]),
+    ],
+    ids=str,
+)
+def test_views_are_real(title, words, cli, tmp_path):
+    """Catches examples of views in chat.md that the default model does not give (any more)."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(browser.demo_model())
+    section = TEXTS[ROOT / "docs" / "chat.md"].partition(f"### {title}\n")[2].partition("\n### ")[0]
+    told = re.match(r"\n((?:    .*\n)+)", section)[1]
+    found = cli("explain", *words, "--model", path).out
+    for pattern, tolerance in ((r"'.+?'(?= )", 0), (r"(?<![\w-])\d+(?:\.\d)?(?!\w)", 1.01)):
+        a, b = (re.findall(pattern, text) for text in (told, found))
+        assert len(a) == len(b), (a, b)
+        if tolerance:
+            assert all(abs(float(x) - float(y)) < tolerance for x, y in zip(a, b, strict=True))
+        else:
+            assert a == b
+
+
+def test_views_of_a_session_are_real():
+    """Catches views in chat.md and idea.md that are not those of the recorded session."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    screen = re.sub(r"\x1b\[[0-9;]*m", "", figures["model"]["views"])
+    session = [line.rstrip() for line in screen.splitlines()]
+    section = TEXTS[ROOT / "docs" / "chat.md"].partition("### /why: surprise\n")[2]
+    told = re.match(r"\n((?:(?:    .*)?\n)+)", section)[1].rstrip().splitlines()
+    start = session.index(told[0].strip())
+    assert [line[4:] for line in told] == session[start : start + len(told)] and len(told) > 8
+    told = re.findall(r"(?m)^    ('.+' +\d+\.\d)$", TEXTS[ROOT / "docs" / "idea.md"])
+    start = next(i for i, line in enumerate(session) if line.startswith(told[0]))
+    assert len(told) == 5
+    assert all(line.startswith(row) for row, line in zip(told, session[start:], strict=False))
+
+
 def test_quoted_figures():
     """Catches a figure that stands on several pages and was changed on one of them, and one that
     benchmarks.md, or the model inside demo.html, no longer says."""
@@ -429,7 +469,7 @@ SOURCES = {
     "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
     "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
-    "idea": {"12 2.5 1.5": "printed as 12.0; ln 12; a suggestion"},
+    "idea": {"1.9 1.5": "ln 6.5; a suggestion"},
     "journey": {"4.6": "test_journey_is_true"},
     "new_architecture": {
         "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
