@@ -3,11 +3,12 @@
     python docs/pictures.py               draw all pictures from figures.json
     python docs/pictures.py model         what a trained model computes: attention, temperature,
                                           singular values of a gradient, a chat, the views
+    python docs/pictures.py learning      train 1,000 of the default steps, and show what it writes
     python docs/pictures.py curves        train with Muon, and with AdamW at three rates (minutes)
     python docs/pictures.py baselines     losses of simple character models
 
-A measurement replaces its entry in figures.json. --model FILE is the model (model.safetensors);
---data TEXT is a built-in text or your own file (shakespeare; baselines: sherlock).
+A measurement replaces its entry in figures.json. --model FILE is a model, by default the one inside
+demo.html; --data TEXT is a built-in text or your own file (sherlock; curves: shakespeare).
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+import textwrap
+import unicodedata
 from collections import Counter
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import browser
 import numpy as np
+import quotes
 import torch
 from rich.ansi import AnsiDecoder
 from rich.console import Console
@@ -36,8 +43,8 @@ import anexagpt
 from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
 FOLDER = HERE / "pictures"
-FIGURES = FOLDER / "figures.json"
-HEADS = {"1.2": "the preceding character", "3.2": "often the character before it"}  # with captions
+FIGURES = quotes.FIGURES
+HEADS = {"1.2": "the preceding character", "3.2": "often the word's start"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
 VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 2", "quit")
 
@@ -111,6 +118,47 @@ def baselines(corpus: Corpus) -> dict:
     return losses
 
 
+def learning(corpus: Corpus, model: anexagpt.Model) -> dict:
+    """The run that made `model`, seen early: validation losses, and what the network writes.
+
+    Only the first 1,000 steps are trained again; the rest is in the metadata of the model.
+    """
+    training = model.metadata.training
+    cfg = TrainConfig.pick(training)
+    dtype = getattr(torch, training["dtype"])
+    trainer = Trainer(corpus, model.network.config, cfg, training["device"], dtype)
+    anexagpt.use_fast_training(trainer)
+    losses = []
+    texts = {}
+    for step in (0, 1, 2, 4, 8, 16, 32, 250, 1_000):
+        while trainer.steps_done < step:
+            trainer.step()
+        if step < 50:  # the first one in the metadata
+            losses.append([step, round(trainer.validate(), 4)])
+            print(f"step {step:5,}: {losses[-1][1]}", flush=True)
+        if step in (0, 250, 1_000):
+            early = anexagpt.Model(trainer.ema, corpus.tokenizer, trainer.metadata())
+            texts[step] = early.generate("It was a ", max_new=100, seed=1)
+            print(repr(texts[step]), flush=True)
+    texts[model.metadata.step] = model.generate("It was a ", max_new=100, seed=1)
+    losses += [[row.step, row.validation_loss] for row in model.metadata.history]
+    return {"losses": losses, "texts": texts}
+
+
+def embeddings(model: anexagpt.Model) -> dict:
+    """The characters, and their embeddings along the first principal components (PCA)."""
+    wte = model.network.wte.weight[1:].detach()  # (V - 1, C)
+    rows = wte / wte.norm(dim=1, keepdim=True)  # rare characters have short rows
+    rows = rows - rows.mean(0)
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    shares = s**2 / (s**2).sum()
+    return {
+        "characters": model.tokenizer.characters[1:],
+        "points": [[round(value, 3) for value in point] for point in (u * s)[:, :4].tolist()],
+        "shares": [round(share, 3) for share in shares[:4].tolist()],
+    }
+
+
 def temperature(model: anexagpt.Model, prompt: str) -> dict:
     """Probabilities of the 14 likeliest characters after `prompt` at four temperatures."""
     order = model.next_characters(prompt, temperature=1.0).argsort()[::-1][:14]
@@ -168,7 +216,8 @@ def measure_model(path: Path) -> dict:
         "model": str(model.metadata),
         "temperature": temperature(model, prompt),
         "samples": samples(model, prompt),
-        "attention": attention(model, "\nsaid Sherlock Holmes"),
+        "attention": attention(model, "\nIt was Sherlock Holmes"),
+        "embeddings": embeddings(model),
         "muon": muon(model),
         "chat": terminal(path, CHAT, seed=4, height=13),
         "views": terminal(path, VIEWS, seed=3, height=25),
@@ -196,7 +245,7 @@ def terminal(path: Path, lines: tuple, seed: int, height: int) -> str:
 
 
 # ---- drawing -------------------------------------------------------------------------------------
-# A white background, so that a picture looks the same on light and on dark pages.
+# Each picture in two versions, for light and for dark pages.
 
 INK = "#102030"
 GREY = "#555555"
@@ -204,6 +253,23 @@ FAINT = "#d8dee4"
 BLUE = "#205080"
 RED = "#b03020"
 TONES = ("#9dbad6", "#5d8fbd", BLUE, RED)
+GREEN = "#2d7d46"
+WHITE = "#ffffff"
+PALE = "#f5f8fb"
+TINT = "#eaf2fa"
+DARK = {
+    WHITE: "#0d1117",
+    INK: "#e6edf3",
+    GREY: "#9da7b3",
+    FAINT: "#30363d",
+    BLUE: "#79c0ff",
+    RED: "#ff7b72",
+    GREEN: "#56d364",
+    TONES[0]: "#2f4f70",
+    TONES[1]: "#4a80b5",
+    PALE: "#161b22",
+    TINT: "#12263a",
+}
 BOLD = 'font-weight="bold"'
 MONO = 'font-family="Menlo, Consolas, monospace"'
 DASHED = 'stroke-dasharray="4 4"'
@@ -213,6 +279,11 @@ def write_svg(name: str, svg: str) -> None:
     (FOLDER / f"{name}.svg").write_text(svg + "\n", encoding="utf-8", newline="\n")
 
 
+def write_both(name: str, svg: str) -> None:
+    write_svg(name, svg)
+    write_svg(f"{name}-dark", re.sub("#[0-9a-f]{6}", lambda found: DARK[found[0]], svg))
+
+
 class Picture:
     """An SVG file, 760 wide."""
 
@@ -220,7 +291,7 @@ class Picture:
         font = 'font-family="Helvetica, Arial, sans-serif" font-size="14"'
         size = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}"'
         self.lines = [f"<svg {size} {font}>", f"<title>{escape(title)}</title>"]
-        self.box(0, 0, 760, height, "#ffffff")
+        self.box(0, 0, 760, height, WHITE)
 
     def text(self, x, y, text, fill=INK, anchor="start", extra="") -> None:
         place = f'x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" {extra}'
@@ -235,6 +306,28 @@ class Picture:
         style = f'stroke="{stroke}" stroke-width="{width}" fill="none" {extra}'
         self.lines.append(f'<path d="M{path}" {style}/>')
 
+    def frame(self, x, y, width, height, fill=TINT, stroke=BLUE, radius=6) -> None:
+        self.box(x, y, width, height, fill)
+        extra = f'rx="{radius}" stroke="{stroke}"/>'
+        self.lines[-1] = self.lines[-1].removesuffix("/>") + f" {extra}"
+
+    def arrow(self, start, end, color=GREY) -> None:
+        """A line with a tip at its end."""
+        (x0, y0), (x, y) = start, end
+        angle = math.atan2(y - y0, x - x0)
+        tip = [(x, y)]
+        for turn in (2.7, -2.7):
+            tip.append((x + 9 * math.cos(angle + turn), y + 9 * math.sin(angle + turn)))
+        self.line([start, end], color, 1.5)
+        self.line([tip[1], tip[0], tip[2]], color, 1.5)
+
+    def plus(self, x, y) -> None:
+        self.dot(x, y, WHITE, 10, f'stroke="{BLUE}" stroke-width="2"')
+        self.text(x, y + 5, "+", BLUE, "middle", BOLD)
+
+    def dot(self, x, y, fill, radius, extra="") -> None:
+        self.lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" {extra}/>')
+
     def grid(self, left, right, ticks: dict) -> None:
         """Horizontal lines with a label at the left: {label: y}."""
         for label, y in ticks.items():
@@ -242,7 +335,7 @@ class Picture:
             self.text(left - 8, y + 5, label, GREY, "end")
 
     def save(self, name: str) -> None:
-        write_svg(name, "\n".join([*self.lines, "</svg>"]))
+        write_both(name, "\n".join([*self.lines, "</svg>"]))
 
 
 def visible(c: str) -> str:
@@ -315,6 +408,7 @@ def draw_temperature(figures: dict) -> None:
             x = 66 + group_width * i + j * bar_width
             picture.box(x, 270 - height, bar_width, height, TONES[j])
     picture.text(60, 320, f"next character after “{figures['prompt']}”, likeliest first", GREY)
+    picture.text(20, 30, "probability", GREY)
     picture.text(330, 30, "temperature", anchor="end")
     for i, name in enumerate(figures["probs"]):
         picture.box(344 + 75 * i, 19, 14, 14, TONES[i])
@@ -325,7 +419,7 @@ def draw_temperature(figures: dict) -> None:
 def draw_map(picture: Picture, left: float, cell: float, text: str, weights: list) -> None:
     """An attention map: a row for each query, a column for each key."""
     size = cell * len(text)
-    picture.box(left, 64, size, size, "#f5f8fb")
+    picture.box(left, 64, size, size, PALE)
     for t, row in enumerate(weights):
         c = visible(text[t])
         picture.text(left - 8, 76 + cell * t, c, INK, "middle", MONO)
@@ -340,11 +434,11 @@ def draw_attention(figures: dict) -> None:
     cell = 15
     height = 90 + cell * len(text)
     picture = Picture(height, "Attention maps of two heads of a trained model")
-    for left, name in zip((50, 425), HEADS, strict=True):
+    for left, name in zip((45, 420), HEADS, strict=True):
         layer, head = name.split(".")
         picture.text(left, 26, f"layer {layer}, head {head}: {HEADS[name]}", extra=BOLD)
         draw_map(picture, left, cell, text, figures["heads"][name])
-    caption = "A row for each query, a column for each key; dark blue is a weight of 100%."
+    caption = "A row for each query, a column for each key; the fullest blue is a weight of 100%."
     picture.text(50, height - 8, caption, GREY)
     picture.save("attention")
 
@@ -353,6 +447,7 @@ def draw_spectrum(picture: Picture, left: float, title: str, values: list, color
     """Bars of singular values."""
     width = 300 / len(values)
     picture.text(left, 30, title, extra=BOLD)
+    picture.text(left - 30, 52, "singular value", GREY)
     picture.grid(left, left + 300, {tick: 190 - 120 * tick for tick in (0, 0.5, 1)})
     for i, s in enumerate(values):
         picture.box(left + width * i, 190 - 120 * s, width, 120 * s, color)
@@ -362,10 +457,278 @@ def draw_spectrum(picture: Picture, left: float, title: str, values: list, color
 def draw_muon(figures: list) -> None:
     """Singular values of a gradient and of the update that Muon makes of it."""
     gradient, update = figures
-    picture = Picture(230, "Singular values before and after orthogonalisation")
+    picture = Picture(230, "Singular values before and after orthogonalization")
     draw_spectrum(picture, 60, "gradient, divided by its norm", gradient, BLUE)
-    draw_spectrum(picture, 430, "update: the gradient, orthogonalised", update, RED)
+    draw_spectrum(picture, 430, "update: the gradient, orthogonalized", update, RED)
     picture.save("muon")
+
+
+def draw_value_graph() -> None:
+    """The graph of a loss with the derivative of each step (old_architecture.md)."""
+    picture = Picture(250, "The graph of loss = (a * b + c) ** 2")
+    boxes = {  # left, top, computation, gradient
+        "a": (20, 22, "a = 2", -24),
+        "b": (20, 102, "b = -3", 16),
+        "c": (20, 182, "c = 10", 8),
+        "d": (230, 62, "d = a * b = -6", 8),
+        "e": (420, 102, "e = d + c = 4", 8),
+        "loss": (610, 102, "loss = e² = 16", 1),
+    }
+    arrows = (  # with the local derivative
+        ((140, 50), (224, 80), "b = -3", (190, 56)),
+        ((140, 130), (224, 100), "a = 2", (190, 132)),
+        ((350, 90), (414, 120), "1", (394, 96)),
+        ((140, 210), (414, 140), "1", (300, 194)),
+        ((540, 130), (604, 130), "2 e = 8", (574, 120)),
+    )
+    for start, end, derivative, place in arrows:
+        picture.arrow(start, end)
+        picture.text(*place, derivative, RED, "middle", 'font-size="13"')
+    for left, top, computation, grad in boxes.values():
+        picture.frame(left, top, 130 if left == 610 else 120, 56)
+        middle = left + (65 if left == 610 else 60)
+        picture.text(middle, top + 23, computation, INK, "middle")
+        picture.text(middle, top + 45, f"grad {grad}", RED, "middle")
+    picture.save("value_graph")
+
+
+def n_parameters(network: anexagpt.GPT, name: str) -> int:
+    return sum(p.numel() for p in network.get_submodule(name).parameters())
+
+
+def draw_architecture() -> None:
+    """The default network: what it computes, the shapes, the number of parameters."""
+    config = GPTConfig(vocab_size=82)
+    network = anexagpt.GPT(config)
+    rows = (  # height of the middle, part, its name, the shape after it, weights, place on the page
+        (66, "ids of the characters", "", "(B, T)", None, "tokenizer"),
+        (112, "token embedding", "wte", "(B, T, C)", "wte", "embeddings"),
+        (158, "position embedding", "wpe", "(T, C)", "wpe", "embeddings"),
+        (236, "LayerNorm", "ln_1", "(B, T, C)", "h.0.ln_1", "layernorm"),
+        (
+            282,
+            "queries, keys, values",
+            "c_attn",
+            "3 × (B, H, T, D)",
+            "h.0.attn.c_attn",
+            "attention",
+        ),
+        (328, "softmax(Q Kᵀ / √D, masked) V", "", "(B, H, T, D)", None, "attention"),
+        (374, "mix the heads", "c_proj", "(B, T, C)", "h.0.attn.c_proj", "attention"),
+        (430, "LayerNorm", "ln_2", "(B, T, C)", "h.0.ln_2", "layernorm"),
+        (476, "widen, GELU", "c_fc", "(B, T, 4 C)", "h.0.mlp.c_fc", "mlp"),
+        (522, "narrow", "c_proj", "(B, T, C)", "h.0.mlp.c_proj", "mlp"),
+        (600, "LayerNorm", "ln_f", "(B, T, C)", "ln_f", "layernorm"),
+        (646, "output head", "wteᵀ", "(B, T, V)", None, "embeddings"),
+        (692, "softmax: probabilities", "", "(B, T, V)", None, "generation"),
+    )
+    picture = Picture(790, "The network of the default model: parts, shapes, parameters")
+    picture.text(140, 30, "part", GREY)
+    picture.text(450, 30, "shape after it", GREY)
+    picture.text(735, 30, "parameters", GREY, "end")
+    picture.frame(24, 188, 716, 368, PALE, FAINT)
+    per_block = n_parameters(network, "h.0")
+    picture.text(140, 208, f"block, {config.n_layer} times", GREY)
+    picture.text(735, 208, f"{config.n_layer} × {per_block:,}", GREY, "end")
+
+    stream = 70  # where the residual stream runs down
+    picture.line([(stream, 135), (stream, 600)], BLUE, 3)
+    picture.text(stream - 16, 330, "residual stream x (B, T, C)", BLUE, "middle", 'class="up"')
+    picture.lines[-1] = picture.lines[-1].replace(
+        'class="up"', f'transform="rotate(-90 {stream - 16} 330)"'
+    )
+    for y in (112, 158, 374, 522):  # what is added to it
+        picture.arrow((140, y), (stream + 11, 135 if y < 200 else y), BLUE)
+    for y in (236, 430, 600):  # what reads it
+        picture.arrow((stream, y), (138, y), BLUE)
+    for y in (135, 374, 522):
+        picture.plus(stream, y)
+    for start, end in (
+        (66, 112),
+        (236, 282),
+        (282, 328),
+        (328, 374),
+        (430, 476),
+        (476, 522),
+        (600, 646),
+        (646, 692),
+    ):
+        picture.arrow((285, start + 17), (285, end - 19))
+    for y, part, name, shape, weights, place in rows:
+        picture.lines.append(f'<a href="../new_architecture.md#{place}">')
+        picture.frame(140, y - 17, 290, 34)
+        picture.text(152, y + 5, part)
+        picture.text(420, y + 5, name, BLUE, "end", MONO)
+        picture.lines.append("</a>")
+        picture.text(450, y + 5, shape, extra=MONO)
+        count = f"{n_parameters(network, weights):,}" if weights else "0"
+        picture.text(735, y + 5, count, INK if weights else GREY, "end")
+    picture.text(735, 738, f"all together {config.n_parameters():,}", extra=BOLD, anchor="end")
+    letters = "B texts, T = 256 characters, C = 128 channels, H = 4 heads of D = 32, V = 82 ids"
+    picture.text(24, 772, letters, GREY)
+    picture.save("architecture")
+
+
+def draw_matrix(picture, left, top, name, values, rows="", columns="", percent=False) -> float:
+    """A matrix with its name; returns where its right side is."""
+    width, height = 44, 32
+    picture.text(left + width * len(values[0]) / 2, top - 26, name, INK, "middle", BOLD)
+    for j, c in enumerate(columns):
+        picture.text(left + width * (j + 0.5), top - 7, c, BLUE, "middle", MONO)
+    for i, row in enumerate(values):
+        if rows:
+            picture.text(left - 12, top + height * (i + 0.5) + 5, rows[i], BLUE, "middle", MONO)
+        for j, value in enumerate(row):
+            x, y = left + width * j, top + height * i
+            picture.frame(x, y, width, height, WHITE, FAINT, 0)
+            shown = f"{value:.2f}".removesuffix(".00")
+            if value == -math.inf:
+                picture.box(x, y, width, height, FAINT)
+                shown = "−∞"
+            if percent:
+                picture.box(x, y, width, height, BLUE, 0.45 * value)
+                shown = f"{100 * value:.0f}%"
+            picture.text(x + width / 2, y + height / 2 + 5, shown, INK, "middle")
+    return left + width * len(values[0])
+
+
+def draw_qkv() -> None:
+    """The worked example of new_architecture.md: one head, three characters, D = 2."""
+    text = "the"
+    q = torch.tensor([(1.0, 0), (2, 1), (0, 3)])  # (T, D)
+    k = torch.tensor([(2.0, 0), (0, 2), (1, 1)])
+    v = torch.tensor([(1.0, 0), (0, 1), (1, 1)])
+    scores = q @ k.T / math.sqrt(2)  # (T, T)
+    masked = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), -math.inf)
+    weights = anexagpt.attention_weights(q[None, None], k[None, None])[0, 0]
+    y = anexagpt.attention(q[None, None], k[None, None], v[None, None])[0, 0]
+    picture = Picture(400, "Attention of three characters, with numbers")
+    top = 70
+    right = draw_matrix(picture, 30, top, "Q", q.tolist(), text)
+    picture.text(right + 20, top + 54, "·", extra='font-size="22"', anchor="middle")
+    right = draw_matrix(picture, right + 40, top + 16, "Kᵀ", k.T.tolist(), "", text)
+    picture.text(right + 28, top + 44, "/ √2", GREY, "middle")
+    picture.arrow((right + 8, top + 52), (right + 50, top + 52))
+    right = draw_matrix(picture, right + 78, top, "scores", scores.tolist(), text, text)
+    picture.text(right + 28, top + 44, "mask", GREY, "middle")
+    picture.arrow((right + 8, top + 52), (right + 50, top + 52))
+    right = draw_matrix(picture, right + 78, top, "later ones hidden", masked.tolist(), text, text)
+    middle = right - 66
+    picture.line([(middle, top + 104), (middle, 192), (96, 192)], GREY, 1.5)
+    picture.arrow((96, 192), (96, 224))
+    picture.text(400, 186, "softmax of each row", GREY, "middle")
+    top = 278
+    right = draw_matrix(picture, 30, top, "weights", weights.tolist(), text, text, percent=True)
+    picture.text(right + 20, top + 54, "·", extra='font-size="22"', anchor="middle")
+    right = draw_matrix(picture, right + 60, top, "V", v.tolist(), text)
+    picture.arrow((right + 8, top + 52), (right + 50, top + 52))
+    right = draw_matrix(picture, right + 78, top, "output", y.tolist(), text)
+    for i, line in enumerate(
+        ("e: 1% of the value of t,", "88% of that of h,", "11% of its own.", "t sees only itself.")
+    ):
+        picture.text(right + 30, top + 22 + 22 * i, line, GREY)
+    picture.save("qkv")
+
+
+def draw_learning(figures: dict, baselines: dict) -> None:
+    """The validation loss of the default run, and what the network writes on the way."""
+
+    def x(step: float) -> float:
+        return 56 + 330 * math.log2(1 + step) / math.log2(1 + figures["losses"][-1][0])
+
+    def y(loss: float) -> float:
+        return 410 - 360 * (loss - 1) / 3.6
+
+    losses = dict(map(tuple, figures["losses"]))
+    picture = Picture(470, "What the default run has learned on the way")
+    picture.grid(56, 386, {loss: y(loss) for loss in (1, 2, 3, 4)})
+    picture.text(16, 24, "validation loss, nats/char", GREY)
+    for step in (0, 1, 10, 100, 1_000, 5_000):
+        picture.line([(x(step), 410), (x(step), 415)], GREY)
+        picture.text(x(step), 432, f"{step:,}", GREY, "middle")
+    picture.text(221, 456, "steps, on a logarithmic scale", GREY, "middle")
+    names = {"uniform": "blind guess", "unigram": "counting characters", "bigram": "counting pairs"}
+    for name, loss in baselines.items():
+        picture.line([(56, y(loss)), (386, y(loss))], GREY, 1, DASHED)
+        picture.text(384, y(loss) - 6, f"{names[name]}: {loss:.2f}", GREY, "end")
+    picture.line([(x(step), y(loss)) for step, loss in losses.items()], BLUE, 2.5)
+    for i, (step, text) in enumerate(figures["texts"].items()):
+        loss = losses[int(step)]
+        picture.dot(x(int(step)), y(loss), RED, 5)
+        top = 40 + 106 * i
+        picture.text(412, top, f"step {int(step):,}, loss {loss:.2f}", RED, extra=BOLD)
+        shown = " ".join(("It was a " + text).split())
+        for j, line in enumerate(textwrap.wrap(shown, 44)[:3]):
+            picture.text(412, top + 22 + 19 * j, line, extra=f'{MONO} font-size="12.5"')
+    picture.save("learning")
+
+
+KINDS = {
+    "lowercase vowels": RED,
+    "lowercase consonants": BLUE,
+    "capitals": GREEN,
+    "digits, punctuation and the rest": GREY,
+}
+
+
+def kind(c: str) -> str:
+    if c.isupper():
+        return "capitals"
+    if not c.isalpha():
+        return "digits, punctuation and the rest"
+    return (
+        "lowercase vowels"
+        if unicodedata.normalize("NFD", c)[0] in "aeiou"
+        else "lowercase consonants"
+    )
+
+
+def move_apart(places: list, distance=13.0) -> None:
+    """Shift labels that would cover each other, a little at a time."""
+    for _ in range(100):
+        for i, a in enumerate(places):
+            for b in places[:i]:
+                dx, dy = a[0] - b[0], a[1] - b[1]
+                gap = math.hypot(dx, dy) + 1e-6
+                if gap < distance:
+                    push = 0.25 * (distance - gap) / gap
+                    a[0] += push * dx
+                    a[1] += push * dy
+                    b[0] -= push * dx
+                    b[1] -= push * dy
+
+
+def draw_plane(picture: Picture, top, height, points: dict, axes: tuple, shares: list) -> None:
+    """Characters in the plane of two principal components."""
+    picture.frame(50, top, 690, height, PALE, FAINT, 0)
+    lows, highs = ([f(axis) for axis in zip(*points.values(), strict=True)] for f in (min, max))
+    places = []
+    for point in points.values():
+        x, y = ((point[i] - lows[i]) / (highs[i] - lows[i]) for i in axes)
+        places.append([70 + 650 * x, top + height - 17 - (height - 35) * y])
+    move_apart(places)
+    for c, (x, y) in zip(points, places, strict=True):
+        picture.text(x, y, visible(c), KINDS[kind(c)], "middle", f'{MONO} font-size="17"')
+    names = [f"principal component {i + 1}: {100 * shares[i]:.0f}% of the variance" for i in axes]
+    picture.text(395, top + height + 22, names[0], GREY, "middle")
+    y = top + height / 2
+    picture.text(34, y, names[1], GREY, "middle", f'transform="rotate(-90 34 {y})"')
+
+
+def draw_embeddings(figures: dict) -> None:
+    """All characters in the plane of two principal components, the lowercase letters in another."""
+    points = dict(zip(figures["characters"], figures["points"], strict=True))
+    lowercase = {c: point for c, point in points.items() if "a" <= c <= "z"}
+    picture = Picture(880, "The embeddings of the 81 characters")
+    draw_plane(picture, 40, 440, points, (0, 1), figures["shares"])
+    picture.text(50, 540, "The lowercase letters along another direction:", extra=BOLD)
+    draw_plane(picture, 555, 285, lowercase, (0, 3), figures["shares"])
+    left = 50
+    for name, color in KINDS.items():
+        picture.box(left, 14, 14, 14, color)
+        picture.text(left + 20, 26, name)
+        left += 48 + 7 * len(name)
+    picture.save("embeddings")
 
 
 def draw_screen(name: str, screen: str) -> None:
@@ -380,8 +743,14 @@ def draw_screen(name: str, screen: str) -> None:
 def draw(figures: dict) -> None:
     draw_curves(figures["curves"])
     draw_temperature(figures["model"]["temperature"])
+    draw_architecture()
+    draw_qkv()
     draw_attention(figures["model"]["attention"])
+    draw_embeddings(figures["model"]["embeddings"])
     draw_muon(figures["model"]["muon"])
+    draw_value_graph()
+    if "learning" in figures:
+        draw_learning(figures["learning"], figures["baselines"])
     draw_screen("chat", figures["model"]["chat"])
     draw_screen("views", figures["model"]["views"])
 
@@ -390,22 +759,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("model", "curves", "baselines"))
-    parser.add_argument("--model", type=Path, default=Path(anexagpt.MODEL))
+    parser.add_argument("what", nargs="?", choices=("model", "learning", "curves", "baselines"))
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--data")
     args = parser.parse_args()
-    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
-    if args.what == "model":
-        figures["model"] = measure_model(args.model)
-    elif args.what == "curves":
-        figures["curves"] = curves(anexagpt.load_corpus([args.data or "shakespeare"]))
-    elif args.what == "baselines":
-        figures["baselines"] = baselines(anexagpt.load_corpus([args.data or "sherlock"]))
-    entries = []
-    for name, value in figures.items():
-        entries.append(f'"{name}": {json.dumps(value, ensure_ascii=False)}')
-    content = "{\n" + ",\n".join(entries) + "\n}\n"
-    FIGURES.write_text(content, encoding="utf-8", newline="\n")
+    measured = {}
+    with TemporaryDirectory() as folder:
+        if args.model is None:
+            args.model = Path(folder, anexagpt.MODEL)
+            args.model.write_bytes(browser.demo_model())
+        if args.what == "model":
+            measured["model"] = measure_model(args.model)
+        elif args.what == "learning":
+            corpus = anexagpt.load_corpus([args.data or "sherlock"])
+            measured["learning"] = learning(corpus, anexagpt.load(args.model))
+        elif args.what == "curves":
+            measured["curves"] = curves(anexagpt.load_corpus([args.data or "shakespeare"]))
+        elif args.what == "baselines":
+            measured["baselines"] = baselines(anexagpt.load_corpus([args.data or "sherlock"]))
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) | measured
+    quotes.write(figures)
     draw(figures)
 
 

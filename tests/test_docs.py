@@ -7,24 +7,26 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import io
-import itertools
 import json
 import math
 import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, prose
 
 sys.path.insert(0, str(ROOT / "docs"))
+import blocks
+import browser
 import exercises
 import pictures
+import quotes
 
 import anexagpt
 from anexagpt import GPTConfig, TrainConfig
@@ -42,11 +44,12 @@ def without_code(text: str) -> str:
 
 
 def test_links():
-    """Catches a link to a page, picture or heading that is not there, and a page or picture that
-    no page links to."""
+    """Catches a link to a page, picture or heading that is not there, a page or picture that no
+    page links to, and a picture without its dark version or without a text for the blind."""
     linked = set()
     for page, text in TEXTS.items():
-        for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text).replace("[]", "[x]")):
+        targets = re.findall(r"\]\(([^)\s]+)\)", without_code(text).replace("[]", "[x]"))
+        for target in targets + re.findall(r'src(?:set)?="([^"]+)"', text):
             if target.startswith(("http://", "https://")):
                 continue
             name, _, anchor = target.partition("#")
@@ -56,6 +59,13 @@ def test_links():
             headings = re.findall(r"^#+ (.+)$", FENCE.sub("", TEXTS.get(path, "")), re.MULTILINE)
             names = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
             assert not anchor or anchor in names, (page.name, target)
+        for element in re.findall("(?s)<picture>.*?</picture>", text):
+            dark, alt, light = re.fullmatch(
+                r'<picture>\n<source media="\(prefers-color-scheme: dark\)" srcset="(.+)">\n'
+                r'<img alt="([^"]{30,})" src="(.+)">\n</picture>',
+                element,
+            ).groups()
+            assert dark == light.replace(".svg", "-dark.svg"), (page.name, alt)
     made = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "pictures").glob("*.svg")]
     assert not [path.name for path in made if path.resolve() not in linked]
 
@@ -131,36 +141,25 @@ def same_output(told: str, found: str, roughly: bool) -> bool:
     )
 
 
-def pasted(block: str, console: code.InteractiveConsole) -> tuple[str, str]:
-    """What a block prints, and its errors, when its lines are pasted into Python's prompt."""
-    printed, errors = io.StringIO(), io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(errors):
-        if [console.push(line) for line in block.splitlines()][-1]:
-            console.push("")
-    return re.sub("(?m)^<.* at 0x[0-9a-f]+>\n", "", printed.getvalue()), errors.getvalue()
-
-
 @pytest.mark.parametrize(
-    "name, at_least", [("new_architecture", 15), ("training", 5), ("idea", 1)], ids=str
+    "name, at_least",
+    [("new_architecture", 15), ("training", 5), ("idea", 1), ("journey", 12)],
+    ids=str,
 )
-def test_pages_as_they_are_pasted(name, at_least, monkeypatch):
+def test_pages_as_they_are_pasted(name, at_least, tmp_path, monkeypatch):
     """Catches a block that fails in Python's prompt, as one whose loop has no empty line after it,
     or that prints something else than the page says."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    blocks = [*FENCE.findall(TEXTS[ROOT / "docs" / f"{name}.md"]), ("", "", "")]
-    console, ran, wrong = code.InteractiveConsole({"__name__": "__main__"}), 0, []
-    for (_, language, block), (_, after, told) in itertools.pairwise(blocks):
-        if language != "python":
-            continue
-        ran += 1
-        found, errors = pasted(block, console)
-        told = told if after.startswith("text") else ""
-        if errors or not same_output(told, found, after == "text about"):
-            wrong.append(f"block {ran}:\n{block}printed\n{found}{errors}")
+    results = blocks.run(TEXTS[ROOT / "docs" / f"{name}.md"])
     torch.set_num_threads(threads)
     torch.set_printoptions(profile="default")
-    assert ran >= at_least and not wrong, "\n".join(wrong)
+    wrong = [
+        f"{r.block}printed\n{r.found}{r.errors}"
+        for r in results
+        if r.errors or not same_output(r.told, r.found, r.language == "text about")
+    ]
+    assert len(results) >= at_least and not wrong, "\n".join(wrong)
 
 
 def test_outputs_are_compared():
@@ -186,7 +185,7 @@ def test_readme_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setattr(anexagpt, "train", small_train)
 
     names = {"__name__": "__main__"}
-    found, errors = pasted(block, code.InteractiveConsole(names))
+    found, errors = blocks.pasted(block, code.InteractiveConsole(names))
     assert "Traceback" not in errors and "100/100" in errors, errors
     model = names["model"]
     assert len(re.findall(r"(?m)^Model: .* trained on sherlock for 100 steps", found)) == 1
@@ -194,7 +193,7 @@ def test_readme_in_a_notebook(tmp_path, monkeypatch):
     assert names["p"].shape == (len(model.tokenizer),) and abs(names["p"].sum() - 1) < 1e-5
     assert f"\n{model.tokenizer.characters[names['p'].argmax()]} " in found
     load = re.search(r"`model = (anexagpt\.load\(.+?\))`", section)[1]
-    again = pasted(load, code.InteractiveConsole({"anexagpt": anexagpt}))
+    again = blocks.pasted(load, code.InteractiveConsole({"anexagpt": anexagpt}))
     assert again == (f"{model}\n", "")
     for word in re.findall(r"`(\w+)`", section.partition("Options of")[2].partition(".")[0]):
         known = {f.name for cls in (GPTConfig, TrainConfig) for f in dataclasses.fields(cls)}
@@ -280,7 +279,7 @@ def test_pictures_are_drawn_from_their_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
     pictures.draw(json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8")))
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
-    assert len(drawn) > 4
+    assert len(drawn) > 14
     for name, svg in drawn.items():
         assert svg == (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8"), name
 
@@ -319,6 +318,209 @@ def test_measured_numbers():
             words in (f"{n:.1f} million", f"{n:.0f} million") and words in TEXTS[ROOT / "README.md"]
         )
     assert f"{10 * T + 10:,} characters" in pages["faq"]
+
+
+@functools.lru_cache
+def demo_model() -> anexagpt.Model:
+    """The default model of this version, which is inside demo.html."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(browser.demo_model())
+        return anexagpt.load(path)
+
+
+def test_journey_is_true():
+    """Catches sentences of journey.md that are not true of the model inside demo.html, and numbers
+    in them that no block prints. (test_pages_as_they_are_pasted checks what the blocks print.)"""
+    page = TEXTS[ROOT / "docs" / "journey.md"]
+    printed = " ".join(block for _, language, block in FENCE.findall(page) if language == "text")
+    for number in re.findall(r"\d+\.\d+(?=%| )|\d+(?=%)", without_code(page)):
+        assert number in printed or number in ("4.6", "1.1", "1.3", "1.4", "2.3"), number
+    model = demo_model()
+    text = "It was a "
+    assert text in page
+    rows = model.attention(text)[:, :, 8]  # (L, H, T), from the last position
+    assert rows[0, 1, 7] > 0.9 and rows[0, [0, 2, 3]].max() < 0.2  # 1.2; 1.1, 1.3, 1.4
+    assert rows[1, 2].argmax() == rows[2, 2].argmax() == 7  # 2.3, 3.3
+    assert (rows[1].argmax(-1) == 0).sum() == 3
+    second, first = np.sort(np.log(rows[0, 1]))[-2:]
+    assert abs(first - second - 4.6) < 0.1
+
+    names = model.tokenizer.characters
+    x = model.network.embed(torch.tensor(model.tokenizer.encode(text)[None].astype("i8")))
+    best, lengths = [], []
+    for block in model.network.h:
+        for part in (
+            lambda x, block=block: block.attn(block.ln_1(x)),
+            lambda x, block=block: block.mlp(block.ln_2(x)),
+        ):
+            best.append([names[i] for i in model.network.logits(x[0, 8]).argsort().flip(0)[:5]])
+            added = part(x)
+            lengths.append(added[0, 8].norm().item())
+            x = x + added
+    best.append([names[i] for i in model.network.logits(x[0, 8]).argsort().flip(0)[:5]])
+    assert best[0][0] == best[2][0] == " " and best[5].index(" ") > 0
+    assert not set("aeiou\n") & set("".join(best[5] + best[6] + best[7] + best[8]))
+    assert max(lengths) == lengths[7] and best[7][1] == "q" and "q" not in best[8]
+
+
+def test_architecture_names_what_exists():
+    """Catches a place in the table under the picture of the network that the program lacks."""
+    page = TEXTS[ROOT / "docs" / "new_architecture.md"]
+    table = page.partition("| part of the picture |")[2].partition("\n\n")[0]
+    places = re.findall(r"`([\w.]+)`", table)
+    for place in places:
+        assert functools.reduce(getattr, place.split("."), anexagpt), place
+    assert len(places) > 8
+    drawn = (ROOT / "docs" / "pictures" / "architecture.svg").read_text(encoding="utf-8")
+    headings = {h.lower() for h in re.findall("(?m)^##+ (.+)$", page)}
+    links = re.findall(r"new_architecture\.md#(\w+)", drawn)
+    assert len(links) > 10 and set(links) <= headings
+
+
+def test_embeddings_are_grouped():
+    """Catches a map of the embeddings that no longer shows what the page says of it."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    found = figures["model"]["embeddings"]
+    points = dict(zip(found["characters"], np.array(found["points"]), strict=True))
+    lowercase = sorted("abcdefghijklmnopqrstuvwxyz", key=lambda c: -points[c][3])
+    assert set(lowercase[:5]) <= set("aeiouy") and set(lowercase[:8]) == set("aeiouywh")
+    groups = ["aeinrstlm", "ABCDEFGHJKLMNOPQRSTUVW", "123456789", ".,;!?"]
+    for group in groups:  # nearer to its own center than to those of the others
+        for c in group:
+            distances = [np.linalg.norm((points[c] - mean(points, g))[:2]) for g in groups]
+            assert np.argmin(distances) == groups.index(group), c
+
+
+def mean(points: dict, characters: str) -> np.ndarray:
+    return np.mean([points[c] for c in characters], axis=0)
+
+
+@pytest.mark.parametrize(
+    "title, words",
+    [
+        ("/probs: the next character", ["Sherlock", "--view", "probs", "--top-k", "5"]),
+        ("/attn: attention", ["Sherlock Holmes", "--view", "attn", "--layer", "3", "--head", "2"]),
+        ("/tokens: ids", ["Who’s at the café?", "--view", "tokens"]),
+    ],
+    ids=str,
+)
+def test_views_are_real(title, words, cli, tmp_path):
+    """Catches examples of views in chat.md that the default model does not give (any more)."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(browser.demo_model())
+    section = TEXTS[ROOT / "docs" / "chat.md"].partition(f"### {title}\n")[2].partition("\n### ")[0]
+    told = re.match(r"\n((?:    .*\n)+)", section)[1]
+    found = cli("explain", *words, "--model", path).out
+    for pattern, tolerance in ((r"'.+?'(?= )", 0), (r"(?<![\w-])\d+(?:\.\d)?(?!\w)", 1.01)):
+        a, b = (re.findall(pattern, text) for text in (told, found))
+        assert len(a) == len(b), (a, b)
+        if tolerance:
+            assert all(abs(float(x) - float(y)) < tolerance for x, y in zip(a, b, strict=True))
+        else:
+            assert a == b
+
+
+def test_views_of_a_session_are_real():
+    """Catches views in chat.md and idea.md that are not those of the recorded session."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    screen = re.sub(r"\x1b\[[0-9;]*m", "", figures["model"]["views"])
+    session = [line.rstrip() for line in screen.splitlines()]
+    section = TEXTS[ROOT / "docs" / "chat.md"].partition("### /why: surprise\n")[2]
+    told = re.match(r"\n((?:(?:    .*)?\n)+)", section)[1].rstrip().splitlines()
+    start = session.index(told[0].strip())
+    assert [line[4:] for line in told] == session[start : start + len(told)] and len(told) > 8
+    told = re.findall(r"(?m)^    ('.+' +\d+\.\d)$", TEXTS[ROOT / "docs" / "idea.md"])
+    start = next(i for i, line in enumerate(session) if line.startswith(told[0]))
+    assert len(told) == 5
+    assert all(line.startswith(row) for row, line in zip(told, session[start:], strict=False))
+
+
+def test_quoted_figures():
+    """Catches a figure that stands on several pages and was changed on one of them, and one that
+    benchmarks.md, or the model inside demo.html, no longer says."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    benchmarks = TEXTS[ROOT / "docs" / "benchmarks.md"]
+    computed = quotes.model_values()
+    for name, quote in figures["quoted"].items():
+        for page, phrases in quote["pages"].items():
+            for phrase in phrases:
+                text = TEXTS[ROOT / page]
+                assert quotes.with_value(text, phrase, quote["value"]) == (text, 1), (name, phrase)
+        if quote["source"] == "model":
+            assert quote["value"] == computed.pop(name), name
+        if quote["source"].startswith("docs/benchmarks.md"):
+            measured = quote["source"].partition(": ")[2] or quote["value"]
+            assert measured in benchmarks, name
+            assert abs(number(measured) - number(quote["value"])) < 0.006, name
+    assert not computed
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+# Figures that neither the code nor figures.json knows, by page, with their source.
+SOURCES = {
+    "README": {
+        "10.7 1.470 1.88 3.10 2.13 600 3.4": "nanoGPT's README; versions; sizes of the files",
+        "1.5 40 671 37 14.8 2.788 32 15.5": "the reports that the table links",
+    },
+    "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
+    "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
+    "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
+    "idea": {"1.9 1.5": "ln 6.5; a suggestion"},
+    "journey": {"4.6": "test_journey_is_true"},
+    "new_architecture": {
+        "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
+        "0.0005 0.02 27 1.443 1.3 3.7 1.9 1.5": "GELU; GPT-2; the example of 1.3 nats",
+    },
+    "old_architecture": {
+        "1.3 3.11 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py; Python 3.11"
+    },
+    "reading": {"1 8 60 300 2.12 1.96 1.79 2.47 3.11 2,000 0.01 600": "one run of each exercise"},
+    "training": {
+        "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
+    },
+    "troubleshooting": {"3.10 560,000 0.3 50 20 20,000": "Python; the book; Trainer.fit; the page"},
+}
+UNITS = "%|min|sec|ms|[MGk]B|char|nats|bits|steps|times|[mbtr]+illion|hours|parameters|epochs"
+
+
+def test_every_figure_is_known():
+    """Catches a figure in a sentence or table that is none of: printed by a block of that page,
+    quoted from figures.json, computed from the code, listed in SOURCES."""
+    figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
+    config, cfg = GPTConfig(vocab_size=82), TrainConfig()
+    known = {f"{value:,}" for value in (81, config.block_size, cfg.max_steps, 1_000)}
+    known |= {f"{anexagpt.SampleConfig().temperature}", "0.8", f"{cfg.muon_learning_rate}"}
+    for size, digits in (("medium", 1), ("large", 0)):
+        n = GPTConfig(vocab_size=82, **anexagpt.SIZES[size]).n_parameters()
+        known.add(f"{n / 1e6:.{digits}f}")
+    for loss in figures["baselines"].values():
+        known |= {f"{loss:.2f}", f"{loss / math.log(2):.2f}", f"{math.exp(loss):.0f}"}
+    for name, rows in figures["curves"].items():
+        known |= {name.rpartition(" ")[2], f"{rows[-1][1]:.3f}"}
+    gradient, _ = figures["model"]["muon"]
+    known |= {f"{gradient[0]:.2f}", "0.65", f"{figures['learning']['losses'][0][1]:.2f}"}
+    figure = rf"(?<![\w.,#-])(?:\d[\d,]*\.\d+|\d[\d,]*\d(?= ?(?:{UNITS}))|\d(?= ?(?:{UNITS})))"
+    unknown, unused = [], []
+    for path, text in TEXTS.items():
+        if path.stem == "benchmarks" or path.parent.name == "benchmarks":
+            continue  # the source of the others
+        prose = re.sub(r"\]\(\S*\)", "]", without_code(text))
+        prose = re.sub("(?m)^    .*$", "", prose)
+        printed = " ".join(block for _, _, block in FENCE.findall(text))
+        for quote in figures["quoted"].values():
+            if any(page.endswith(path.name) for page in quote["pages"]):
+                printed += " " + quote["value"]
+        printed = set(re.findall(r"\d[\d,]*(?:\.\d+)?", printed))
+        sourced = {n for group in SOURCES.get(path.stem, {}) for n in group.split()}
+        found = set(re.findall(figure, prose))
+        unknown += [(path.name, n) for n in found - known - printed - sourced]
+        unused += [(path.name, n) for n in sourced - found]
+    assert not unknown, "\n".join(map(str, sorted(unknown)))
+    assert not unused, unused
 
 
 def pins(name: str) -> list[str]:
