@@ -961,7 +961,7 @@ class Trainer:
         for name, tensor in self.state_dict().items():
             saved = tensors.get(name)
             is_same = saved is not None and saved.shape == tensor.shape
-            require(is_same, f"its tensor {name} is not that of this run")
+            require(is_same, f"its tensor {name} does not belong to this run")
             tensor.copy_(saved)
 
 
@@ -986,8 +986,8 @@ class SampleConfig(Config):
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
     top_p: float = option(1.0, "draw from the likeliest that add up to this; 1 is off", 0, 1)
     min_p: float = option(0.0, "exclude what is below this share of the likeliest; 0 is off", 0, 1)
-    repetition_penalty: float = option(1.0, "above 1: what occurred is less likely", 0.01, 100)
-    no_repeat_ngram_size: int = option(0, "no piece of so many characters twice; 0 is off", 0, 1000)
+    repetition_penalty: float = option(1.0, "above 1: repeats get less likely", 0.01, 100)
+    no_repeat_ngram_size: int = option(0, "write no n characters twice; 0 is off", 0, 1000)
     max_new: int = option(300, "characters to write", 0, 10**12)
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
@@ -1516,7 +1516,7 @@ class NumpyDecoder:
             logits = self.decode(ids[0], cache)
             self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
             if not self.is_equal:
-                log("NOTE: the network was changed, so its fast version is not used.")
+                log("NOTE: the network was changed; using the plain version.")
             return expected
         return self.decode(ids[0], cache)
 
@@ -3855,18 +3855,18 @@ FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
     ("run train", "words", dict(metavar="TEXT", help="same as --data")),
     ("chat info", "words", dict(metavar="MODEL", help="same as --model")),
-    ("generate", "words", dict(metavar="PROMPT", help="text, - for stdin; then as --model")),
-    ("explain", "words", dict(metavar="PROMPT", help="text to show, then as --model")),
-    ("eval", "words", dict(metavar="FILE", help="as --data or --model")),
+    ("generate", "words", dict(metavar="PROMPT", help="text, or -: stdin; a model file may follow")),
+    ("explain", "words", dict(metavar="PROMPT", help="text to show; a model file may follow")),
+    ("eval", "words", dict(metavar="FILE", help="text file, or model file (*.safetensors)")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
-    ("push", "words", dict(metavar="NAME", help="on the Hub, as USER/NAME, then as --model")),
+    ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; a model file may follow")),
     ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
     ("run train", "--size",
      dict(default=argparse.SUPPRESS, choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
-    ("run train", "--restart", dict(**FLAG, help="start anew; a finished model is renamed")),
+    ("run train", "--restart", dict(**FLAG, help="start over; a finished model is renamed")),
     ("run train", "--quiet", dict(**FLAG, help="show no progress")),
     ("run train", "--tensorboard", dict(type=user_path, metavar="DIR", help="folder for its logs")),
     ("chat generate explain eval info export push", "--model",
@@ -3876,7 +3876,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("run train eval", "--dtype",
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
     ("run train chat generate explain eval", "--plain",
-     dict(**FLAG, help="no fast paths: to learn, or report a bug")),
+     dict(**FLAG, help="use no fast paths (for learning or bug reports)")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(default="", metavar="N", help="for attn (default: the last)")),
