@@ -3855,7 +3855,7 @@ FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
     ("run train", "words", dict(metavar="TEXT", help="same as --data")),
     ("chat info", "words", dict(metavar="MODEL", help="same as --model")),
-    ("generate", "words", dict(metavar="PROMPT", help="text, or -: stdin; a model file may follow")),
+    ("generate", "words", dict(metavar="PROMPT", help="text, or - for stdin; a model may follow")),
     ("explain", "words", dict(metavar="PROMPT", help="text to show; a model file may follow")),
     ("eval", "words", dict(metavar="FILE", help="text file, or model file (*.safetensors)")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
