@@ -164,23 +164,23 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value, raising=False)
 
 
-def fake_trainer(cuda: FakeCuda) -> SimpleNamespace:
-    return SimpleNamespace(update=lambda: cuda.events.append("eager"), context=32)
-
-
 def test_warm_up_capture_and_replays(monkeypatch):
     """Catches a step that is lost at the capture, or computed twice, and a graph that is replayed
-    where the context, so the shapes, are others."""
+    for another length of context, whose shapes are others."""
     cuda = FakeCuda(monkeypatch)
-    trainer = fake_trainer(cuda)
-    update = CudaGraph(trainer)
-    for _ in range(6):
-        update()
-    trainer.context = 64
-    for _ in range(5):
-        update()
-    steps = ["eager"] * 3 + ["capture"]
-    assert cuda.events == steps + ["replay"] * 3 + steps + ["replay"] * 2
+    trainer = SimpleNamespace(
+        network=make_trainer().network,
+        ema=make_trainer().ema,
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        update=lambda: cuda.events.append(f"eager {trainer.context}"),
+    )
+    anexagpt.use_fast_training(trainer)
+    for context in (16, 16, 32, 16, 16, 16, 16, 32, 32, 32):
+        trainer.context = context
+        trainer.update()
+    first = ["eager 16"] * 2 + ["eager 32", "eager 16", "capture"]
+    assert cuda.events == first + ["replay"] * 3 + ["eager 32"] * 2 + ["capture", "replay"]
 
 
 def test_capture_that_fails(monkeypatch, capfd):
@@ -189,7 +189,7 @@ def test_capture_that_fails(monkeypatch, capfd):
     error = RuntimeError("capture ended")
     error.__context__ = RuntimeError("operation not permitted when stream is capturing")
     cuda = FakeCuda(monkeypatch, error)
-    update = CudaGraph(fake_trainer(cuda))
+    update = CudaGraph(lambda: cuda.events.append("eager"))
     for _ in range(6):
         update()
     assert [e for e in cuda.events if e != "generator"] == ["eager"] * 3 + ["capture"] + [

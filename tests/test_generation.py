@@ -254,7 +254,7 @@ def test_cuda_graph_equals_eager(cli, tiny, monkeypatch, device):
     options = [*TINY, "--device", device, "--max-steps", 30, "--eval-interval", 5, "--dropout", 0]
     for out in ("graph.safetensors", "eager.safetensors"):
         if out == "eager.safetensors":
-            monkeypatch.setattr(anexagpt, "CudaGraph", lambda trainer: trainer.update)
+            monkeypatch.setattr(anexagpt, "CudaGraph", lambda update: update)
         assert cli("train", data, *options, "--out", out).status == 0
         losses.append(load(out).metadata.history)
     np.testing.assert_allclose(*losses, rtol=1e-4)
