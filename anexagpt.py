@@ -191,7 +191,7 @@ class TrainConfig(Config):
     """How a model is trained; part of every model file. None: see `resolve`."""
 
     max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
-    batch_size: int | None = option(None, "windows per step (default: CPU 6, GPU 16)", 1, 100_000)
+    batch_size: int | None = option(None, "windows per step (default: by the device)", 1, 100_000)
     grad_accum: int = option(1, "micro-batches per step: less memory, same result", 1, 100_000)
     muon_learning_rate: float = option(0.02, "peak rate of Muon: matrices of the blocks", 0.0, 10.0)
     learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
@@ -205,15 +205,23 @@ class TrainConfig(Config):
     init: str | None = option(None, "model file to fine-tune")
 
 
-def resolve(cfg: TrainConfig, n_chars: int, block_size: int, device: str) -> TrainConfig:
+def resolve(
+    cfg: TrainConfig, n_chars: int, block_size: int, device: str, dtype: torch.dtype
+) -> TrainConfig:
     """`cfg` with a value for each None.
 
-    These values depend on the length of the run, the device ("cpu", "cuda", "mps") and the number
-    of characters to train on. They are decided once, when the run begins, and are part of it.
+    These values depend on the length of the run, the device ("cpu", "cuda", "mps"), the number
+    format of the matrix products and the number of characters to train on. They are decided once,
+    when the run begins, and are part of it.
     """
     batch_size = cfg.batch_size
     if batch_size is None:
-        batch_size = 6 if device == "cpu" else 16
+        if device != "cpu":
+            batch_size = 16
+        elif dtype == torch.bfloat16:
+            batch_size = 6
+        else:  # as on most laptops, where six windows would take 1.5 times as long
+            batch_size = 4
     epochs = cfg.max_steps * batch_size * block_size / n_chars
     dropout = cfg.dropout
     if dropout is None:  # the more often a text is repeated, the sooner it is memorized
@@ -745,7 +753,7 @@ class Trainer:
         self.dtype = dtype  # of the matrix products: float32 or bfloat16
         self.train_ids, val_ids = split_ids(corpus.ids)
         T = config.block_size
-        self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type)
+        self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type, dtype)
         # A tenth of the time goes to evaluation: a character takes a third of its time in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
         self.val_ids = val_ids[:n_val]

@@ -1,5 +1,6 @@
 """Training: a run from the command line equals a run by hand, and no interruption changes it."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -13,13 +14,17 @@ from test_model import by_the_formula
 
 from anexagpt import (
     GPT,
+    Corpus,
     GPTConfig,
     TrainConfig,
+    Trainer,
+    context_length,
     cross_entropy_sum,
     evaluate,
     load,
     lr_scale,
     newton_schulz,
+    resolve,
     split_ids,
 )
 
@@ -168,6 +173,40 @@ def test_schedule_by_hand():
         assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
+def test_short_contexts_by_hand():
+    """Catches short contexts after the first fifth, in a fine-tuning, without whole ones between
+    them, and where windows cannot be cut."""
+    cfg = TrainConfig(max_steps=60)
+    lengths = [context_length(step, cfg, 64) for step in range(60)]
+    assert lengths == [64, 32, 32, 32] * 3 + [64] * 48
+    tuned = TrainConfig(max_steps=60, init="model.safetensors")
+    for other, T in ((cfg, 40), (cfg, 16), (tuned, 64)):
+        assert {context_length(step, other, T) for step in range(60)} == {T}
+
+
+def test_pieces_see_neither_each_other_nor_other_positions():
+    """Catches pieces in a wrong order or with the positions of the first one, and a Trainer that
+    cuts no windows. Each piece is computed alone, by a network whose positions begin there."""
+    config = GPTConfig(50, 64, 2, 2, 16)
+    network = GPT(config)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(std=0.1)
+    ids = torch.randint(1, 50, (3, 64))
+    seen = network(ids, context=32)
+    last = copy.deepcopy(network)
+    last.wpe.weight.data = network.wpe.weight.data.roll(-32, 0)
+    alone = torch.stack([network(ids[:, :32]), last(ids[:, 32:])], dim=1).flatten(0, 1)
+    torch.testing.assert_close(seen, alone)
+
+    trainer = Trainer(Corpus.from_text(prose(600)), config, TrainConfig())
+    shapes = []
+    trainer.network.ln_f.register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
+    for _ in range(3):
+        trainer.step()
+    assert shapes == [(4, 64, 16), (8, 32, 16), (8, 32, 16)]
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (2, 20, 4), (7, 8, 16), (1, 1, 5)])
 def test_newton_schulz_equals_svd(shape):
     """Catches a wrong coefficient or product, singular values far from 1, and 0 / 0."""
@@ -236,6 +275,17 @@ def test_default_dropout(cli, text, steps, rate):
     saved = metadata("model.safetensors" + ".checkpoint" * (steps > 1))
     assert saved["config"]["dropout"] == rate and saved["step"] == min(steps, 2)
     assert steps > 1 or [row[0] for row in saved["history"]] == [1]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, batch_size",
+    [("cpu", torch.bfloat16, 6), ("cpu", torch.float32, 4), ("cuda", torch.float32, 16)],
+)
+def test_default_batch_size(device, dtype, batch_size):
+    """Catches a default that an ordinary processor takes too long for."""
+    for asked, expected in ((None, batch_size), (9, 9)):
+        cfg = resolve(TrainConfig(batch_size=asked), 500_000, 256, device, dtype)
+        assert cfg.batch_size == expected
 
 
 def test_every_step_has_its_own_dropout(cli, text):
