@@ -3701,7 +3701,7 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.network.config.n_layer)
     with publish(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
-        for name, value in gguf_entries(model, path.stem, half).items():
+        for name, value in gguf_entries(model, printable(path.stem), half).items():
             getattr(writer, f"add_{name}")(value)
         for name, weight in model.network.named_parameters():
             is_half = half and weight.dim() == 2 and not name.startswith("wpe")
@@ -3744,7 +3744,7 @@ def export(
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     contents = {}
     if folder:
-        files = hub_files(model, folder.resolve().name, license)
+        files = hub_files(model, printable(folder.resolve().name), license)
         contents = {folder / name: content for name, content in files.items()}
     for path in [*contents, *filter(None, [gguf])]:
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
