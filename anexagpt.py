@@ -293,9 +293,12 @@ class Tokenizer:
 
     def normalize_prompt(self, prompt: str) -> tuple[str, dict[str, str]]:
         """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
+        prompt = unify_newlines(prompt)
+        if self.known.issuperset(prompt):  # a long one would take seconds
+            return prompt, {}
         changes = {}
         parts = []
-        for cluster in split_clusters(unify_newlines(prompt)):
+        for cluster in split_clusters(prompt):
             known = cluster
             if not self.known.issuperset(cluster):
                 known = self.equivalent(cluster)
@@ -892,7 +895,9 @@ class Trainer:
         uniform = math.log(self.network.config.vocab_size)
         is_finite = math.isfinite(training_loss + validation_loss) and weights_are_sane(self.ema)
         is_late = self.best_loss < uniform or self.steps_done == cfg.max_steps
-        if is_finite and not (is_late and validation_loss > 1.1 * uniform):
+        # Only validation loss is high where that part is in another language.
+        is_worse = min(training_loss, validation_loss) > 1.1 * uniform
+        if is_finite and not (is_late and is_worse):
             return
         fix = f"`muon_learning_rate={cfg.muon_learning_rate / 3:.2g}`"
         fix += f" `learning_rate={cfg.learning_rate / 3:.2g}` `restart`"
@@ -1035,13 +1040,14 @@ def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
 def process_logits(logits: ndarray, cfg: SampleConfig, texts: ndarray) -> ndarray:
     """Logits (B, V) after penalty, n-grams, temperature, top-k, top-p, min-p; -inf if excluded.
 
-    texts (B, N): the ids so far, for the two settings against repetition
+    texts (B, N): the ids so far, for the two settings against repetition; the last MAX_TEXT count
     sources: Keskar et al. 2019, "CTRL", section 4.1 (penalty); Paulus et al. 2017, "A Deep
     Reinforced Model for Abstractive Summarization", section 2.5 (n-grams); Fan et al. 2018,
     "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of
     Neural Text Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"
     """
     V = logits.shape[-1]
+    texts = texts[:, -MAX_TEXT:]
     if cfg.repetition_penalty != 1:
         has_occurred = np.zeros(logits.shape, bool)
         np.put_along_axis(has_occurred, texts, True, axis=1)
@@ -2857,12 +2863,14 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
     return model.network.state_dict() | {"wte.weight": embeddings}
 
 
-def check_corpus(corpus: Corpus, block_size: int) -> None:
+def check_corpus(corpus: Corpus, block_size: int, can_shrink: bool) -> None:
     """raises: UserError if the text is too short, or broken"""
     name = str(corpus.info)
     needed = 10 * block_size + 10
     n = np.count_nonzero(corpus.ids)  # without U+FFFD
-    fix = f"training needs {needed:,}, 10 windows; take a longer text or a smaller `block_size`"
+    fix = f"training needs {needed:,}, 10 windows; take a longer text"
+    if can_shrink:
+        fix += " or a smaller `block_size`"
     require(n >= needed, f"`data={name}`: {n:,} characters, but {fix}")
     train_ids, val_ids = split_ids(corpus.ids)
     is_text = train_ids[1:].any() and val_ids[1:].any()
@@ -2907,7 +2915,7 @@ def make_trainer(
     plan: Plan, corpus: Corpus, device: torch.device, dtype: torch.dtype, ctx: DistributedContext
 ) -> Trainer:
     """Trainer of a new run, or of the unfinished one.  raises: UserError"""
-    check_corpus(corpus, plan.config.block_size)
+    check_corpus(corpus, plan.config.block_size, can_shrink=plan.init is None)
     if plan.unfinished:
         is_same = corpus.info.sha256 == plan.unfinished.metadata.data.sha256
         fix = "give that, or add `restart`"
@@ -3701,7 +3709,7 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.network.config.n_layer)
     with publish(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
-        for name, value in gguf_entries(model, path.stem, half).items():
+        for name, value in gguf_entries(model, printable(path.stem), half).items():
             getattr(writer, f"add_{name}")(value)
         for name, weight in model.network.named_parameters():
             is_half = half and weight.dim() == 2 and not name.startswith("wpe")
@@ -3744,7 +3752,7 @@ def export(
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     contents = {}
     if folder:
-        files = hub_files(model, folder.resolve().name, license)
+        files = hub_files(model, printable(folder.resolve().name), license)
         contents = {folder / name: content for name, content in files.items()}
     for path in [*contents, *filter(None, [gguf])]:
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")

@@ -529,3 +529,11 @@ def test_without_the_packages(trained, cli, monkeypatch):
     assert cli("export", "--gguf", "a.gguf", *model).is_error("pip install gguf")
     monkeypatch.delitem(sys.modules, "huggingface_hub")
     assert cli("export", "hf", *model).status == 0
+
+
+def test_names_that_are_not_utf8(tiny, cli, tmp_path):
+    """Catches a traceback where a folder's or a file's name has bytes that are no character."""
+    result = cli("export", tiny, "hf-\udcff", "--gguf", "g\udcff.gguf")
+    assert result.status == 0
+    assert "# hf-\\udcff\n" in (tmp_path / "hf-\udcff" / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "g\udcff.gguf").exists()

@@ -267,3 +267,13 @@ def test_empty_prompt_without_a_line_end(model):
     for seed in range(5):
         text = other.generate("", seed=seed, max_new=20, temperature=1.0)
         assert text == other.generate(" ", seed=seed, max_new=20, temperature=1.0)
+
+
+def test_settings_against_repetition_look_back_10_000_characters():
+    """Catches 900 MB and minutes for n-grams of a pasted book."""
+    cfg = SampleConfig(temperature=1.0, no_repeat_ngram_size=2)
+    logits = np.zeros((1, 4))
+    for n, expected in ((9_998, 2), (20_000, 3)):
+        text = np.array([[3, 1, *(2 for _ in range(n - 3)), 3]])  # "3 1" was n characters ago
+        allowed = np.isfinite(process_logits(logits, cfg, text))
+        assert allowed[0, 1:].sum() == expected

@@ -108,3 +108,12 @@ def test_a_letter_of_thousands_of_marks():
     text, changes = tokenizer_of("e").normalize_prompt("e" + "\u0301\u0323" * 10_000)
     assert text == "e" and time.process_time() - started < 2
     assert len(change_notice(changes)) < 2_500
+
+
+def test_long_prompt_of_known_characters():
+    """Catches seconds for each million characters of a paste, of which 256 are read."""
+    text = "It was\r\n" * 100_000
+    started = time.process_time()
+    known, changes = Tokenizer(UNKNOWN + "\n Iastw").normalize_prompt(text)
+    assert known == "It was\n" * 100_000 and not changes
+    assert time.process_time() - started < 0.3

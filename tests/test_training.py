@@ -26,6 +26,7 @@ from anexagpt import (
     newton_schulz,
     resolve,
     split_ids,
+    train,
 )
 
 OPTIONS = [*TINY, "--dropout", 0]
@@ -366,6 +367,14 @@ def test_init_on_another_vocabulary(cli, tiny, tmp_path):
         torch.testing.assert_close(row, rows[i] if i >= 0 else rows[1:].mean(0))
 
 
+def test_init_on_a_short_text(cli, tiny, tmp_path):
+    """Catches the advice of a smaller block_size, which a model to fine-tune cannot have."""
+    (tmp_path / "t.txt").write_text("the cat " * 10)
+    assert "block-size" in cli("train", "t.txt", *OPTIONS, "--max-steps", 1).err
+    error = cli("train", "t.txt", "--init", tiny, "--max-steps", 1).err
+    assert "take a longer text" in error and "block-size" not in error
+
+
 @pytest.mark.parametrize("rate, early", [(10, False), (10, True), (0, False)])
 def test_diverged(cli, tiny, rate, early):
     """Catches a run that ends above the loss of knowing nothing, or at rate 0 with weights that no
@@ -389,7 +398,8 @@ def test_diverged(cli, tiny, rate, early):
         saved = load("model.safetensors")
         assert saved.metadata.validation_loss < math.log(26) and saved.generate("the", max_new=5)
         step = saved.metadata.step
-        assert all(row.validation_loss < 1.1 * math.log(26) for row in saved.metadata.history[5:])
+        rows = saved.metadata.history[5:]
+        assert all(min(row[1:]) < 1.1 * math.log(26) for row in rows)
         assert step < 1_000  # long before the end
 
 
@@ -415,3 +425,15 @@ def test_loss_of_bfloat16_logits():
     logp = logits.double().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
     expected = -logp[targets != 0].sum().item()
     assert cross_entropy_sum(logits, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_other_language_at_the_end_is_not_divergence():
+    """Catches "diverged" where training goes well, but the validation part is another language."""
+    characters = "".join(map(chr, range(0x4E00, 0x4F00)))
+    text = prose(1_000) + characters * 2
+    options = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, device="cpu")
+    rates = dict(learning_rate=0.1, max_steps=200, eval_interval=25)
+    model = train(text=text, progress=False, **options, **rates)
+    row = model.metadata.history[-1]
+    uniform = math.log(model.metadata.config.vocab_size)
+    assert row.training_loss < uniform < 1.1 * uniform < row.validation_loss
