@@ -44,9 +44,9 @@ from anexagpt import Corpus, GPTConfig, TrainConfig, Trainer
 
 FOLDER = HERE / "pictures"
 FIGURES = quotes.FIGURES
-HEADS = {"1.2": "the preceding character", "3.2": "often the word's start"}  # with captions
+HEADS = {"1.1": "the preceding character", "3.4": "often the word's start"}  # with captions
 CHAT = ("Sherlock", "/probs It was a ", "/set temperature 0.5", "/regen", "/why", "quit")
-VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 2", "quit")
+VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 1", "quit")
 
 
 # ---- measurements --------------------------------------------------------------------------------
