@@ -497,7 +497,7 @@ SOURCES = {
     "old_architecture": {
         "1.3 3.11 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py; Python 3.11"
     },
-    "reading": {"1 8 60 300 2.12 1.96 1.79 2.47 3.09 2,000 0.01 600": "one run of each exercise"},
+    "reading": {"1 8 60 300 1.90 1.96 1.79 2.46 3.09 2,000 0.01 600": "one run of each exercise"},
     "training": {
         "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
     },
