@@ -187,7 +187,7 @@ def test_rank_that_is_killed():
     rank is killed before the first checkpoint, and another time after it."""
     assert Fork(*LONG, "--max-steps", 3).result().status == 0
     before = weights()
-    process = torchrun(2, "--restart", "--max-steps", 400, "--checkpoint-interval", 0.1)
+    process = torchrun(2, "--restart", "--max-steps", 200, "--checkpoint-interval", 0.1)
 
     def kill() -> None:
         command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
@@ -200,7 +200,7 @@ def test_rank_that_is_killed():
     kill()
     said += process.communicate(timeout=120)[1]
     assert process.returncode == 0 and "Resuming" in said and weights() != before, said
-    assert history()[-1][0] == 400
+    assert history()[-1][0] == 200
 
 
 def test_ranks_have_their_own_dropout():

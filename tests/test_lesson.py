@@ -20,7 +20,7 @@ from anexagpt import MLP, Corpus, GPTConfig, SampleConfig, TrainConfig, Trainer,
 SOURCE = (ROOT / "anexagpt.py").read_text(encoding="utf-8")
 LESSON = SOURCE[: SOURCE.index("# The complete GPT ends here")]
 SHAPE = dict(n_layer=2, n_head=2, n_embd=64, block_size=32)
-RUN = dict(max_steps=400, batch_size=8, eval_interval=200, seed=3)
+RUN = dict(max_steps=200, batch_size=8, eval_interval=200, seed=3)
 
 ALONE = f"""
 import sys
