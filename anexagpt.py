@@ -220,7 +220,7 @@ def resolve(
             batch_size = 16
         elif dtype == torch.bfloat16:
             batch_size = 6
-        else:  # as on most laptops, where six windows would take 1.5 times as long
+        else:  # as on most laptops, where six windows take 1.3 times as long
             batch_size = 4
     epochs = cfg.max_steps * batch_size * block_size / n_chars
     dropout = cfg.dropout
@@ -2475,54 +2475,53 @@ def overfits(history: list[Evaluation]) -> bool:
     return len(later) >= 5 and all(r.training_loss < best.training_loss for r in later[-5:])
 
 
-@contextmanager
-def tensorboard_writer(folder: str | Path | None, first_step: int) -> Iterator[Callable]:
-    """write(step, scalars) for TensorBoard, which does nothing without `folder`.
+class TensorBoard:
+    """Writes scalars for TensorBoard, at once: the SummaryWriter of PyTorch has a thread, where a
+    full disk is a traceback."""
 
-    A full disk is a NOTE: TensorBoard writes in a thread, and raises its error again.
-    """
-    if not folder:
-        yield lambda step, scalars: None
-        return
-    print_traceback = threading.excepthook
-    failed = []
+    def __init__(self, folder: Path, first_step: int):
+        """raises: OSError"""
+        self.proto = optional("tensorboard.compat.proto.event_pb2")
+        records = optional("tensorboard.summary.writer.record_writer")
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
+        self.writer = records.RecordWriter(self.file)
+        self.write_event(file_version="brain.Event:2")
+        # An interrupted run may have written points that a resumed one writes again.
+        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
+        self.write_event(step=first_step, session_log=start)
 
-    def on_thread_error(args: threading.ExceptHookArgs) -> None:
-        if not isinstance(args.exc_value, OSError):
-            print_traceback(args)
+    def write_event(self, **content) -> None:
+        event = self.proto.Event(wall_time=time.time(), **content)
+        self.writer.write(event.SerializeToString())
+        self.writer.flush()
 
-    def write(step: int, scalars: dict[str, float]) -> None:
-        if failed:
-            return
-        try:
-            for name, value in scalars.items():
-                board.add_scalar(name, value, step)
-            board.flush()
-        except OSError as error:
-            failed.append(error)
-            log(f"NOTE: {folder}: no more is written there ({save_error(error)}); going on")
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """raises: OSError"""
+        event = self.proto.Event()
+        for name, value in scalars.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self.write_event(step=step, summary=event.summary)
 
-    def close() -> None:
+    def close(self) -> None:
         with suppress(OSError):
-            board.close()
+            self.file.close()
 
-    writer = optional("torch.utils.tensorboard").SummaryWriter
-    with ExitStack() as stack:
-        stack.callback(setattr, threading, "excepthook", print_traceback)
-        threading.excepthook = on_thread_error
-        try:
-            board = writer(folder, purge_step=first_step)
-        except OSError as error:
-            reason = f"cannot be written ({save_error(error)}); choose another folder"
-            raise UserError(f"`tensorboard={folder}`: {reason}") from None
-        stack.callback(close)
-        yield write
+
+def open_tensorboard(folder: str | Path | None, first_step: int) -> TensorBoard | None:
+    """raises: UserError"""
+    try:
+        return TensorBoard(Path(folder), first_step) if folder else None
+    except OSError as error:
+        reason = f"cannot be written ({save_error(error)}); choose another folder"
+        raise UserError(f"`tensorboard={folder}`: {reason}") from None
 
 
 class ProgressDisplay:
     """Progress of a training run: a live line on a terminal or in a notebook, else plain lines."""
 
-    def __init__(self, trainer: Trainer, is_shown: bool, write_scalars: Callable):
+    def __init__(self, trainer: Trainer, is_shown: bool, board: TensorBoard | None = None):
         self.trainer = trainer
         self.is_shown = is_shown
         self.is_live = is_shown and (sys.stderr.isatty() or PlainConsole().is_jupyter)
@@ -2530,7 +2529,7 @@ class ProgressDisplay:
         self.first_step = trainer.steps_done
         self.last_update = 0.0
         self.has_warned = False
-        self.write_scalars = write_scalars
+        self.board = board
         if is_shown:
             log_run(trainer)
 
@@ -2580,10 +2579,8 @@ class ProgressDisplay:
                 self.show(f"{losses} | {sample}", "\n")
             else:
                 log(f"{losses} {left} | {printable(sample)}")
-        step, training_loss, validation_loss = t.history[-1]
-        scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
-        scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
-        self.write_scalars(step, scalars)
+        if self.board:
+            self.write_scalars(char_rate)
         if overfits(t.history) and not self.has_warned:
             self.has_warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
@@ -2598,9 +2595,24 @@ class ProgressDisplay:
         if self.is_shown:
             log(f"{loss_chart(t.history)}\n{model.metadata}.")
 
+    def write_scalars(self, char_rate: float) -> None:
+        t = self.trainer
+        step, training_loss, validation_loss = t.history[-1]
+        scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
+        scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
+        try:
+            self.board.write(step, scalars)
+        except OSError as error:
+            reason = save_error(error)
+            log(f"NOTE: {self.board.folder}: no more is written there ({reason}); going on")
+            self.board.close()
+            self.board = None
+
     def close(self) -> None:
         if self.is_live:
             self.show()
+        if self.board:
+            self.board.close()
 
 
 def loss_chart(history: list[Evaluation], width: int = 60, height: int = 12) -> str:
@@ -2689,7 +2701,7 @@ def optional(module: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.split(".")[-1]
+        package = module.split(".")[0]
         raise UserError(f"this needs {package}: pip install {package}") from None
 
 
@@ -3074,11 +3086,10 @@ def train(
         ctx.check_equal(repr(trainer.metadata()))
         if not plain:
             use_fast_training(trainer)
-        board = tensorboard_writer(tensorboard if is_first else None, trainer.steps_done + 1)
-        write_scalars = stack.enter_context(board)
+        board = open_tensorboard(tensorboard if is_first else None, trainer.steps_done + 1)
         if files and is_first:  # nothing can fail any more: an old checkpoint goes
             files.begin(trainer)
-        display = ProgressDisplay(trainer, progress and is_first, write_scalars)
+        display = ProgressDisplay(trainer, progress and is_first, board)
         stack.enter_context(closing(display))
         model = run_training(trainer, files, ctx, display, should_stop)
     if not plain:

@@ -380,7 +380,7 @@ def test_errors(model, cli, line, words):
 def test_broken_files_environments_and_packages(model, cli, monkeypatch):
     """Catches a traceback for a file that is cut off, for torchrun's variables and a package."""
     command = ["train", "prose.txt", "--out", "new.safetensors", *QUICK]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     assert cli(*command, "--tensorboard", "b").is_error("pip install tensorboard")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli(*command).is_error("WORLD_SIZE", "torchrun")
