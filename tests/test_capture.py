@@ -50,17 +50,20 @@ class Recorder(TorchDispatchMode):
 
 
 def replayed(kind: type, n: int, **settings) -> Trainer:
-    """A trainer whose steps after the fourth are replays of the fourth."""
+    """A trainer whose steps after the fifth are replays of the fourth, without an update of the
+    matrices, or of the fifth, with one."""
     trainer = make_trainer(kind, **settings)
     for _ in range(3):
         trainer.step()
-    recorder = Recorder()
-    trainer.set_inputs()
-    with recorder:
-        trainer.update()
-    trainer.steps_done += 1
-    trainer.update = recorder.replay
-    for _ in range(n - 4):
+    recorders = {}
+    for _ in range(2):
+        trainer.set_inputs()
+        recorder = recorders[trainer.is_muon_update] = Recorder()
+        with recorder:
+            trainer.update()
+        trainer.steps_done += 1
+    trainer.update = lambda: recorders[trainer.is_muon_update].replay()
+    for _ in range(n - 5):
         trainer.step()
     return trainer
 
@@ -166,21 +169,23 @@ class FakeCuda:
 
 def test_warm_up_capture_and_replays(monkeypatch):
     """Catches a step that is lost at the capture, or computed twice, and a graph that is replayed
-    for another length of context, whose shapes are others."""
+    for another length of context, whose shapes are others, or with an update that is not due."""
     cuda = FakeCuda(monkeypatch)
     trainer = SimpleNamespace(
         network=make_trainer().network,
         ema=make_trainer().ema,
         dtype=torch.float32,
         device=torch.device("cuda"),
-        update=lambda: cuda.events.append(f"eager {trainer.context}"),
+        update=lambda: cuda.events.append(f"eager {trainer.context} {trainer.is_muon_update}"),
     )
     anexagpt.use_fast_training(trainer)
-    for context in (16, 16, 32, 16, 16, 16, 16, 32, 32, 32):
-        trainer.context = context
+    a, b, c = (16, True), (16, False), (32, True)
+    for kind in (a, a, b, c, a, a, a, a, b, b, b, c):
+        trainer.context, trainer.is_muon_update = kind
         trainer.update()
-    first = ["eager 16"] * 2 + ["eager 32", "eager 16", "capture"]
-    assert cuda.events == first + ["replay"] * 3 + ["eager 32"] * 2 + ["capture", "replay"]
+    first = ["eager 16 True"] * 2 + ["eager 16 False", "eager 32 True", "eager 16 True", "capture"]
+    then = ["eager 16 False"] * 2 + ["capture", "replay", "eager 32 True"]
+    assert cuda.events == first + ["replay"] * 3 + then
 
 
 def test_capture_that_fails(monkeypatch, capfd):
