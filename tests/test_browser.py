@@ -811,8 +811,16 @@ def test_share(chromium, page, tiny, tmp_path):
     assert page.input_value("#text") == written
     page.evaluate("navigator.clipboard.write = () => Promise.reject(); 0")
     see(page, "surprise")
+    page.evaluate("""() => {
+        const { fillText } = CanvasRenderingContext2D.prototype;
+        CanvasRenderingContext2D.prototype.fillText = function (...options) {
+            window.font = this.font;
+            fillText.apply(this, options);
+        };
+    }""")
     with page.expect_download() as download:
         page.click("#picture")
+    assert "mono" in page.evaluate("font")
     picture = download.value.path().read_bytes()
     assert download.value.suggested_filename == "anexa.png" and picture[:4] == b"\x89PNG"
     colors = page.evaluate(
