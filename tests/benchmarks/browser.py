@@ -4,7 +4,8 @@
 
 The page, the script and perhaps an older page take turns. Each round continues an empty prompt. The
 delay is that from a click to the next frame that is drawn, while text is written: clicks go in turn
-to the views, which change what is drawn, and to a place in the text.
+to the views, which change what is drawn, and to a place in the text. Of that delay the computing
+time is what the page's main thread needs itself; the rest is waiting for other threads or programs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,24 @@ def click_delays(page, clicks: int) -> list[float]:
     return page.evaluate("delays")
 
 
+def computing_times(trace: bytes) -> list[float]:
+    """Milliseconds of CPU time of the main thread from each click to the end of its frame."""
+    events = [event for event in json.loads(trace)["traceEvents"] if "dur" in event]
+    first = next(event for event in events if event["name"] == "EventDispatch")
+    main = [e for e in events if (e["pid"], e["tid"]) == (first["pid"], first["tid"])]
+    tasks = [event for event in main if event["name"] == "RunTask"]
+    frames = sorted(event["ts"] for event in main if event["name"] == "Commit")
+    times = []
+    for event in main:
+        if event["name"] != "EventDispatch" or event["args"]["data"]["type"] != "mouseup":
+            continue
+        end = next((frame for frame in frames if frame > event["ts"]), 0)
+        between = [t for t in tasks if event["ts"] < t["ts"] + t["dur"] and t["ts"] < end]
+        if between:
+            times.append(sum(task["tdur"] for task in between) / 1_000)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("model.safetensors"))
@@ -95,7 +114,10 @@ def main() -> None:
                 if turn:  # the first is for warming up
                     speeds[name].append(speed)
         tabs["page"].bring_to_front()
+        categories = ["devtools.timeline", "disabled-by-default-devtools.timeline"]
+        browser.start_tracing(page=tabs["page"], categories=categories)
         delays = click_delays(tabs["page"], options.clicks)
+        computing = computing_times(browser.stop_tracing())
         browser.close()
     print(f"{n} characters, {options.rounds} rounds, one text; characters a second\n")
     print("| writes | median | lowest to highest |\n|---|---|---|")
@@ -109,8 +131,11 @@ def main() -> None:
         print(f"\npage / {name}: {middle:.2f} ({low:.2f} to {high:.2f})")
     median, worst = statistics.median(delays), max(delays)
     print(f"{len(delays)} clicks while it writes: median {median:.0f} ms, worst {worst:.0f} ms")
+    median, worst = statistics.median(computing), max(computing)
+    print(f"computing time of the main thread: median {median:.0f} ms, worst {worst:.0f} ms")
     if options.json:
-        options.json.write_text(json.dumps(dict(speeds=speeds, delays=delays), indent=1))
+        figures = dict(speeds=speeds, delays=delays, computing=computing)
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
