@@ -55,6 +55,8 @@ VIEWS = ("/set top-k 5", "Sherlock Holmes", "/probs Sherlock", "/why", "/attn 1 
 class MatrixAdamW:
     """Updates the matrices of a Trainer's network; takes the place of its Muon."""
 
+    interval = 1
+
     def __init__(self, trainer: Trainer, rate: float):
         matrices = [p for p in trainer.network.h.parameters() if p.dim() == 2]
         self.rate = rate
@@ -62,7 +64,7 @@ class MatrixAdamW:
             matrices, betas=(0.9, 0.99), weight_decay=trainer.cfg.weight_decay
         )
 
-    def step(self, scale) -> None:
+    def step(self, scale, is_update) -> None:
         self.adamw.param_groups[0]["lr"] = self.rate * float(scale)
         self.adamw.step()
 

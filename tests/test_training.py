@@ -281,6 +281,23 @@ def test_validation_is_capped(cli, tmp_path):
     assert [len(part) for part in parts] == [19_000_000, 1_000_000]
 
 
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [(torch.float32, [True, False, True, False]), (torch.bfloat16, [True, True, True, True])],
+)
+def test_steps_that_move_matrices(dtype, expected):
+    """Catches an update that is left out where it costs little, and a momentum without gradients
+    of the steps between updates."""
+    corpus = Corpus.from_text(prose(300))
+    trainer = Trainer(corpus, GPTConfig(block_size=16), TrainConfig(), "cpu", dtype)
+    weight, momentum = trainer.network.h[0].mlp.c_fc.weight, trainer.muon.stack
+    for is_moved in expected:
+        before = weight.clone(), momentum.clone()
+        trainer.step()
+        assert (not torch.equal(weight, before[0])) == is_moved
+        assert not torch.equal(momentum, before[1])
+
+
 # ---- what a run does -----------------------------------------------------------------------------
 
 
