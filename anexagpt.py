@@ -1119,7 +1119,7 @@ def sample(logits: ndarray, cfg: SampleConfig, rngs: list, texts: ndarray) -> nd
     if cfg.temperature > 0:
         V = logits.shape[-1]
         noise = [rng.gumbel(size=V) for rng in rngs]  # B times (V,)
-        logits = logits + np.stack(noise)
+        logits = logits + np.array(noise)
     return logits.argmax(-1)
 
 
@@ -1569,7 +1569,7 @@ class NumpyDecoder:
         """Logits (1, V) after `token`."""
         t = cache.length
         x = self.wte[token] + self.wpe[t]  # (C,)
-        for weights, kv in zip(self.blocks, cache.kv[:, :, 0].numpy(), strict=True):
+        for weights, kv in zip(self.blocks, cache.kv.numpy()[:, :, 0], strict=True):
             c_attn, c_attn_b, c_proj, c_proj_b, c_fc, c_fc_b, mlp_proj, mlp_proj_b = weights
             _, H, _, D = kv.shape  # (2, H, block_size, D)
             qkv = (c_attn @ x * inverse_rms(x) + c_attn_b).reshape(3, H, 1, D)
