@@ -93,13 +93,11 @@ def run_by_hand(w: dict, ids: list[int], H: int, steps: int, exact: bool, **rate
             g, (m, v) = p.grad, moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
             if name.startswith("h.") and p.dim() == 2:  # Muon, in groups of rows
                 m = 0.9 * m + 0.1 * g
-                is_wide = p.shape[1] > p.shape[0]
-                C = min(p.shape)
-                x = 0.9 * m + 0.1 * g
-                parts = (x.T if is_wide else x).split(C // 2 if C % 2 == 0 else C)
-                update = torch.cat([orthogonalized(part) for part in parts])
+                rows, C = p.shape
+                rows = rows if rows <= C else C // 2 if C % 2 == 0 else C
+                update = [orthogonalized(x) for x in (0.9 * m + 0.1 * g).split(rows)]
                 lr = 2 * rates["muon"] * scale if step % 2 == 0 else 0
-                new[name] = p * (1 - lr * rates["decay"]) - lr * (update.T if is_wide else update)
+                new[name] = p * (1 - lr * rates["decay"]) - lr * torch.cat(update)
             else:  # Adam
                 m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
                 unbiased = (v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
@@ -290,7 +288,8 @@ def test_steps_that_move_matrices(dtype, expected):
     of the steps between updates."""
     corpus = Corpus.from_text(prose(300))
     trainer = Trainer(corpus, GPTConfig(block_size=16), TrainConfig(), "cpu", dtype)
-    weight, momentum = trainer.network.h[0].mlp.c_fc.weight, trainer.muon.stack
+    name = "h.0.mlp.c_fc.weight"
+    weight, momentum = trainer.network.get_parameter(name), trainer.muon.momentum[name]
     for is_moved in expected:
         before = weight.clone(), momentum.clone()
         trainer.step()
