@@ -154,9 +154,12 @@ def embeddings(model: anexagpt.Model) -> dict:
     rows = rows - rows.mean(0)
     u, s, _ = torch.linalg.svd(rows, full_matrices=False)
     shares = s**2 / (s**2).sum()
+    characters = model.tokenizer.characters[1:]
+    points = (u * s)[:, :4]
+    points = points * points[characters.index("e")].sign()  # a direction has no sign of its own
     return {
-        "characters": model.tokenizer.characters[1:],
-        "points": [[round(value, 3) for value in point] for point in (u * s)[:, :4].tolist()],
+        "characters": characters,
+        "points": [[round(value, 3) for value in point] for point in points.tolist()],
         "shares": [round(share, 3) for share in shares[:4].tolist()],
     }
 

@@ -301,7 +301,7 @@ def test_measured_numbers():
         row = f"| {value} | {' '.join(sample.split())} |"
         assert row in pages["new_architecture"], row
     gradient, update = figures["model"]["muon"]
-    n = sum(0.65 <= s <= 1.25 for s in update)
+    n = sum(0.6 <= s <= 1.4 for s in update)
     for words in (f"from {gradient[0]:.2f} to", f"{n} of the update's {len(update)}"):
         assert words in pages["training"], words
     default = GPTConfig(vocab_size=82)
@@ -335,15 +335,16 @@ def test_journey_is_true():
     page = TEXTS[ROOT / "docs" / "journey.md"]
     printed = " ".join(block for _, language, block in FENCE.findall(page) if language == "text")
     for number in re.findall(r"\d+\.\d+(?=%| )|\d+(?=%)", without_code(page)):
-        assert number in printed or number in ("5.5", "1.2", "1.3", "1.4"), number
+        assert number in printed or number in ("5.9", "1.2", "1.3", "1.4", "2.1", "2.4"), number
     model = demo_model()
     text = "It was a "
     assert text in page
     rows = model.attention(text)[:, :, 8]  # (L, H, T), from the last position
     assert rows[0, 0, 7] > 0.9 and rows[0, 1, 6] > 0.9 and rows[0, 2:].max() < 0.2  # 1.1 to 1.4
-    assert (rows[1:3].argmax(-1) == 0).sum() == 5 and (rows[3].argmax(-1) == 8).all()
+    assert np.argwhere(rows[1:3].argmax(-1) == 0).tolist() == [[0, 0], [0, 3]]
+    assert (rows[3].argmax(-1) == 8).sum() == 3
     second, first = np.sort(np.log(rows[0, 0]))[-2:]
-    assert abs(first - second - 5.5) < 0.05 and abs(math.exp(first - second) - 240) < 5
+    assert abs(first - second - 5.9) < 0.05 and abs(math.exp(first - second) - 350) < 5
     elsewhere = model.attention("said Sherlock Holmes")[0]  # (H, T, T)
     assert elsewhere[0].diagonal(-1).min() > 0.9 and elsewhere[1].diagonal(-2).min() > 0.9
 
@@ -362,10 +363,10 @@ def test_journey_is_true():
             lengths.append(added[0, 8].norm().item())
             x = x + added
     best.append([names[i] for i in model.network.logits(x[0, 8]).argsort().flip(0)[:5]])
-    assert best[0][0] == best[1][0] == best[2][0] == best[3][0] == " "
+    assert best[0][0] == best[1][0] == best[2][0] == " "
     assert not set("aeiou\n") & {name for names in best[2:] for name in names}
     assert spaces[1] > 0.9 and spaces[2] < spaces[1] / 2
-    assert best[4][0] == best[5][0] == best[6][0] == best[7][0] == "q" and "q" not in best[8]
+    assert [names[0] for names in best[3:8]] == ["s", "s", "s", "q", "q"] and "q" not in best[8]
     assert max(lengths) == lengths[7]
 
 
@@ -378,11 +379,11 @@ def test_attention_maps_show_what_is_said():
     preceding, start = (np.array(weights) for weights in heads.values())  # (T, T) each
     assert text == "\nIt was Sherlock Holmes" and preceding.diagonal(-1).min() > 0.9
     looks_at = [text[key] for key in start.argmax(1)]
-    assert set(looks_at[9:16]) == set("Sh") and set(looks_at[17:]) == set("ShHo")
+    assert looks_at[9:17].count("S") >= 6 and set(looks_at[17:]) == set("SHl")
     for name in ("idea", "new_architecture"):
         page = TEXTS[ROOT / "docs" / f"{name}.md"]
         alt = re.search('Attention maps of two heads[^"]+', page)[0]
-        for words in ("before it", "its first two, S and h", "its own first two, H and o"):
+        for words in ("before it", "most letters of Sherlock", "its own H, or"):
             assert words in alt, (name, words)
 
 
@@ -407,7 +408,7 @@ def test_embeddings_are_grouped():
     points = dict(zip(found["characters"], np.array(found["points"]), strict=True))
     lowercase = sorted("abcdefghijklmnopqrstuvwxyz", key=lambda c: -points[c][3])
     assert set(lowercase[:7]) == set("aeiouyn")
-    groups = ["aeinrstlm", "ABCDEFGHJKLMNOPQRSTUVW", "123456789", ".,;!?"]
+    groups = ["aeinrstlm", "ABCDEFGHJLMNOPRSTUVW", "123456789", ".,;!?"]
     for group in groups:  # nearer to its own center than to those of the others
         for c in group:
             distances = [np.linalg.norm((points[c] - mean(points, g))[:2]) for g in groups]
@@ -489,7 +490,7 @@ SOURCES = {
     "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
     "idea": {"12 2.5 1.5": "a ratio that the block computes, its logarithm; a suggestion"},
-    "journey": {"5.5": "test_journey_is_true"},
+    "journey": {"5.9": "test_journey_is_true"},
     "new_architecture": {
         "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
         "0.0005 0.02 27 1.443 1.3 3.7 1.9 1.5": "GELU; GPT-2; the example of 1.3 nats",
@@ -497,7 +498,7 @@ SOURCES = {
     "old_architecture": {
         "1.3 3.11 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py; Python 3.11"
     },
-    "reading": {"1 8 60 300 1.90 1.96 1.79 2.46 3.09 2,000 0.01 600": "one run of each exercise"},
+    "reading": {"1 8 60 300 1.88 1.95 1.79 2.46 3.08 2,000 0.01 600": "one run of each exercise"},
     "training": {
         "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
     },
@@ -524,7 +525,7 @@ def test_every_figure_is_known():
     for name, rows in figures["curves"].items():
         known |= {name.rpartition(" ")[2], f"{rows[-1][1]:.3f}"}
     gradient, _ = figures["model"]["muon"]
-    known |= {f"{gradient[0]:.2f}", "0.65", f"{figures['learning']['losses'][0][1]:.2f}"}
+    known |= {f"{gradient[0]:.2f}", "0.6", "1.4", f"{figures['learning']['losses'][0][1]:.2f}"}
     figure = rf"(?<![\w.,#-])(?:\d[\d,]*\.\d+|\d[\d,]*\d(?= ?(?:{UNITS}))|\d(?= ?(?:{UNITS})))"
     unknown, unused = [], []
     for path, text in TEXTS.items():
