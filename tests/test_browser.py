@@ -597,7 +597,7 @@ def test_no_highlights(chromium, tiny):
         tab.goto(PAGE.as_uri())
         load(tab, tiny)
         tab.fill("#text", "the dog")
-        for view, words in (("next", "percent"), ("surprise", "bits/char"), ("inside", "head 1")):
+        for view, words in (("next", "percent"), ("surprise", "bits/char"), ("inside", ", head ")):
             assert words in see(tab, view)
 
 

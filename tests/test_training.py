@@ -288,7 +288,7 @@ def test_steps_that_move_matrices(dtype, expected):
     of the steps between updates."""
     corpus = Corpus.from_text(prose(300))
     trainer = Trainer(corpus, GPTConfig(block_size=16), TrainConfig(), "cpu", dtype)
-    name = "h.0.mlp.c_fc.weight"
+    name = "h.0.mlp.c_proj.weight"  # the other matrices have no gradient at first
     weight, momentum = trainer.network.get_parameter(name), trainer.muon.momentum[name]
     for is_moved in expected:
         before = weight.clone(), momentum.clone()
