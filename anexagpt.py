@@ -608,8 +608,8 @@ class Muon:
     def __init__(self, weights: dict[str, Tensor], cfg: TrainConfig, dtype: torch.dtype):
         self.cfg = cfg
         self.dtype = dtype  # of Newton-Schulz
-        # In float32, where it is slow, only every second momentum is orthogonalized, for an update
-        # of twice the size: a small loss per step, a gain per second.
+        # In float32, where Newton-Schulz is slow, only every second step updates the weights, by
+        # twice as much: slightly worse per step, better per second.
         self.interval = 1 if dtype == torch.bfloat16 else 2  # steps between updates
         self.beta = 0.9  # decay of the momentum
         self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and their momentum
@@ -634,9 +634,9 @@ class Muon:
 
     @torch.no_grad()
     def step(self, scale: Tensor, is_update: bool = True) -> None:
-        """Take in the gradients; if `is_update`, move the weights.
+        """Add the gradients to the momentum; if `is_update`, update the weights.
 
-        scale: a scalar on the device, times the peak rate
+        scale: multiplier of the peak rate, a scalar on the device
         """
         minus_lr = -self.interval * self.cfg.muon_learning_rate * scale
         decay = 1 + minus_lr * self.cfg.weight_decay
