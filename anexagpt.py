@@ -2993,7 +2993,9 @@ def training_lock(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"`out={out}`: another process trains it; {wait}") from None
+        is_taken = os.path.exists(lock.lock_file)  # else it could not be created
+        reason = "another process trains it" if is_taken else "cannot be written"
+        raise UserError(f"`out={out}`: {reason}; {wait}") from None
     except (OSError, NotImplementedError) as error:  # the latter is filelock's
         number = getattr(error, "errno", errno.ENOSYS)
         if number not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
@@ -3440,7 +3442,11 @@ class Chat:
     def read(self, file: str) -> None:
         path = user_path(file.strip())
         require(path.is_file(), f"/read {file}: no such file; check the spelling")  # no pipe
-        self.answer("".join(read_texts([Source(path, "utf-8")])).removesuffix("\n"))
+        try:
+            text = "".join(read_texts([Source(path, "utf-8")]))
+        except UserError:  # which advises options of the command line
+            raise UserError(f"/read {file}: not plain UTF-8 text; save it as such") from None
+        self.answer(text.removesuffix("\n"))
 
     def switch_model(self, file: str) -> None:
         path = user_path(file.strip())
@@ -3854,7 +3860,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 # It parses, calls the library, and prints.
 
 SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
-DASHES = "a text that begins with - goes last, after --, as in: -- -text"
+DASHES = "a text that begins with - goes last, after --, as in: -- -text, or after --stop="
 
 
 def unescape(text: str) -> str:
@@ -3888,7 +3894,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         hint = f"see {self.prog} --help"
-        if message.startswith("unrecognized"):
+        if message.startswith(("unrecognized", "argument --stop")):
             hint += f"; {DASHES}"
         self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 
@@ -4103,7 +4109,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
     views = {
         "tokens": lambda: view_tokens(model, text, console),
         "probs": lambda: view_probs(model, text, cfg, console),
-        "why": lambda: view_why(model, text, "", console),
+        "why": lambda: view_why(model, text or "\n", "", console),
         "attn": lambda: view_attn(model, text, args.layer, args.head, console),
     }
     with console.capture() as output:  # so that an error comes before all of them

@@ -138,6 +138,8 @@ def test_why(model, cli, monkeypatch, columns):
     digits.insert(text.index("\n") + 1, " ")  # \n takes two cells
     assert "".join(above) == text.replace("\n", "\\n") and below == "".join(digits).rstrip()
     assert f"{sum(own):,.1f} bits, {sum(own) / len(own):.3f} bits/char" in lines[end]
+    empty = cli("explain", "", "--view", "why")  # stands for a line end, as in the other views
+    assert empty.status == 0 and "characters: 1, " in empty.out
     for line, i in zip(lines[end + 1 :], np.argsort(own)[:-4:-1], strict=True):
         best = bits[i].argmin()
         likeliest = f"('{model.tokenizer.characters[best]}' {bits[i][best]:.1f})"
@@ -361,7 +363,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/attn x": "layer x: must be from 1 to 2", "/attn 1 3": "head 3: must be from 1 to 2",
         "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer yet",
         "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
-        "/model no.safetensors": "no such file", "/read model.safetensors": "not ",
+        "/model no.safetensors": "no such file", "/read model.safetensors": "save it as such)",
         "/model model.safetensors/x": "no such file", f"/read {'n' * 300}": "too long",
     }  # fmt: skip
     out, err = chat(cli, *lines)
