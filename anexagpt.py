@@ -196,9 +196,7 @@ class TrainConfig(Config):
     muon_learning_rate: float | None = option(
         None, "peak rate of Muon: matrices of the blocks (default: by the batch)", 0.0, 10.0
     )
-    learning_rate: float | None = option(
-        None, "peak rate of AdamW: all other weights (default: by the length)", 0.0, 10.0
-    )
+    learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
     weight_decay: float = option(0.1, "of Muon's matrices, times their rate", 0.0, 10.0)
     warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
     dropout: float | None = option(None, "dropout rate (default: depends on the epochs)", 0.0, 0.9)
@@ -231,11 +229,6 @@ def resolve(
         # The fewer windows, the noisier the gradient. Square root: Malladi et al. 2022, "On the
         # SDEs and Scaling Rules for Adaptive Gradient Algorithms".
         muon_learning_rate = round(0.02 * min(1.0, batch_size / 6) ** 0.5, 4)
-    learning_rate = cfg.learning_rate
-    if learning_rate is None:
-        # A shorter run bears larger steps. A fine-tuning begins where a run has ended.
-        shortness = 1.0 if cfg.init else max(1.0, 5_000 / cfg.max_steps)
-        learning_rate = round(0.006 * min(2.0, shortness**0.2), 4)
     epochs = cfg.max_steps * batch_size * block_size / n_chars
     dropout = cfg.dropout
     if dropout is None:  # the more often a text is repeated, the sooner it is memorized
@@ -249,7 +242,6 @@ def resolve(
         cfg,
         batch_size=batch_size,
         muon_learning_rate=muon_learning_rate,
-        learning_rate=learning_rate,
         dropout=dropout,
         logit_scale=logit_scale,
     )

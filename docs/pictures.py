@@ -82,9 +82,7 @@ def validation_losses(name: str, trainer: Trainer) -> list:
 def curves(corpus: Corpus) -> dict:
     """Validation losses with Muon for the matrices of the blocks, and with AdamW for all."""
     config = GPTConfig(block_size=64)
-    cfg = TrainConfig(
-        max_steps=1_000, batch_size=12, learning_rate=6e-3, eval_interval=100, dropout=0.0, seed=1
-    )
+    cfg = TrainConfig(max_steps=1_000, batch_size=12, eval_interval=100, dropout=0.0, seed=1)
     device, dtype = anexagpt.select_device("cpu")
     trainer = Trainer(corpus, config, cfg, device, dtype)
     runs = {"Muon": validation_losses("Muon", trainer)}

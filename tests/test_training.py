@@ -338,19 +338,6 @@ def test_default_batch_size_and_rate(device, dtype, batch_size):
     assert resolve(given, 500_000, 256, device, dtype).muon_learning_rate == 0.5
 
 
-def test_learning_rate_by_length():
-    """Catches a short run at the rate of a long one, a rate without limit, and one that replaces
-    a given one or that of a fine-tuning."""
-    for steps, init, rate in [
-        (50_000, None, 0.006), (5_000, None, 0.006), (1_000, None, 0.0083), (500, None, 0.0095),
-        (200, None, 0.0114), (1, None, 0.012), (500, "m.safetensors", 0.006),
-    ]:  # fmt: skip
-        cfg = TrainConfig(max_steps=steps, init=init)
-        assert resolve(cfg, 500_000, 256, "cpu", torch.float32).learning_rate == rate, steps
-    given = TrainConfig(max_steps=500, learning_rate=0.5)
-    assert resolve(given, 500_000, 256, "cpu", torch.float32).learning_rate == 0.5
-
-
 def test_every_step_has_its_own_dropout(cli, text):
     """Catches one mask for all steps, which would train a part of the network only."""
     masks = []
