@@ -287,6 +287,8 @@ def test_prompts_that_are_taken_for_options(model, cli, prompt):
     """Catches -nothing that is -n othing, and an error without the prompt or the way to give it."""
     assert cli("generate", prompt).is_error(prompt, "after --")
     assert cli("explain", prompt).is_error("after --")
+    assert cli("generate", "the", "--stop", prompt).is_error("after --stop=")
+    assert cli("generate", "the", f"--stop={prompt}", "-n5").status == 0
     assert cli("generate", "the", "-n5").status == cli("generate", "the", "-n=5").status == 0
 
 
