@@ -1462,10 +1462,12 @@ try:
     import rich.progress
     import urllib3
     from prompt_toolkit import completion, history
+    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.keys import Keys
     from rich.cells import cell_len, set_cell_size
+    from rich.columns import Columns
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -3547,6 +3549,26 @@ def open_history() -> history.History:
         return history.InMemoryHistory()
 
 
+def complete_line(event: prompt_toolkit.key_binding.KeyPressEvent) -> None:
+    """Tab, as in a shell: insert what all completions have in common, else list them.
+
+    The library's list asks before it fills a screen, and there Ctrl-C is a traceback.
+    """
+    buffer = event.current_buffer
+    wanted = completion.CompleteEvent(completion_requested=True)
+    found = list(buffer.completer.get_completions(buffer.document, wanted))
+    common = completion.get_common_complete_suffix(buffer.document, found)
+    if len(found) == 1:
+        buffer.delete_before_cursor(-found[0].start_position)
+        common = found[0].text
+    buffer.insert_text(common)
+    if found and not common:
+        names = [printable(choice.display_text) for choice in found[:100]]
+        if len(found) > len(names):
+            names.append(f"and {len(found) - len(names):,} more")
+        run_in_terminal(lambda: PlainConsole().print(Columns(names, column_first=True)))
+
+
 def prompt_reader() -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -3561,13 +3583,14 @@ def prompt_reader() -> Callable[[], str]:
     keys = KeyBindings()
     # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
+    keys.add(Keys.Tab)(complete_line)
     session = prompt_toolkit.PromptSession(
         "Prompt: ",
         history=open_history(),
         key_bindings=keys,
         completer=completion.merge_completers(completers),
         complete_while_typing=False,
-        complete_style=prompt_toolkit.shortcuts.CompleteStyle.READLINE_LIKE,
+        reserve_space_for_menu=0,
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
     )

@@ -484,6 +484,24 @@ def test_keys(model, tmp_path):
     assert "Traceback" not in child.before
 
 
+def test_more_completions_than_a_screen_holds(model, tmp_path):
+    """Catches a list that asks before it is shown, where Ctrl-C is a traceback, one without end,
+    and a control character in it."""
+    for i in range(300):
+        Path(f"text_{i}.txt").touch()
+    Path("text_\x1b[2J").touch()
+    child = Terminal("chat", "-n", 0, rows=10, XDG_STATE_HOME=str(tmp_path))
+    child.expect("Prompt:")
+    child.send("/read te\t\t")
+    child.expect("and 201 more")
+    shown = child.before
+    child.press("\x03", "quit or Ctrl-D")
+    child.expect("Prompt:")
+    child.send("\x04")
+    assert child.end() == 0
+    assert "Traceback" not in child.before and r"text_\x1b[2J" in shown and "\x1b[2J" not in shown
+
+
 def test_terminals_without_colours_or_cursor(model, tmp_path):
     """Catches escape sequences on a dumb terminal, colours under NO_COLOR, and a wrong width."""
     child = Terminal("chat", "-n", 3, TERM="dumb", XDG_STATE_HOME=str(tmp_path))
