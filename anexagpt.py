@@ -2318,7 +2318,7 @@ def strip_license(text: str) -> str:
     if re.match(LAST_LINE, last_lines):
         book = body.strip()
     n_outside = len(text) - len(book)
-    if n_outside > 50_000:  # more than header and license
+    if n_outside > 30_000:  # header and license have about 20,000
         note_once(f"outside of Project Gutenberg's markers, left out: {n_outside:,} characters")
     return book + "\n"
 
