@@ -3030,12 +3030,20 @@ def training_state(device: torch.device) -> Iterator[None]:
                 del os.environ[name]
 
 
-def is_unlike(ids: ndarray, other_ids: ndarray) -> bool:
+def count_ids(ids: ndarray, vocab_size: int) -> ndarray:
+    """How often each id occurs (V,); in pieces, since bincount makes int64 of all that it gets."""
+    pieces = np.array_split(ids, 1 + len(ids) // PIECE)
+    return sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)
+
+
+def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
     """Whether the character frequencies of one text fit another one badly."""
-    n = int(max(ids.max(), other_ids.max())) + 1
-    share = (np.bincount(ids, minlength=n) + 0.5) / (len(ids) + 0.5 * n)
+    counts = count_ids(ids, vocab_size)
+    other_counts = count_ids(other_ids, vocab_size)
+    share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
     losses = -np.log(share)  # (V,) nats per character
-    return losses[other_ids].mean() > 1.25 * losses[ids].mean() + 0.1
+    loss = np.average(losses, weights=counts)
+    return np.average(losses, weights=other_counts) > 1.25 * loss + 0.1
 
 
 def log_run(t: Trainer) -> None:
@@ -3045,7 +3053,7 @@ def log_run(t: Trainer) -> None:
     if n < 100_000:
         log(f"NOTE: only {n:,} characters: expect scraps of words, not sentences.")
     epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
-    if is_unlike(t.train_ids, t.val_ids):
+    if is_unlike(t.train_ids, t.val_ids, len(m.characters)):
         log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
         log("language: its loss says little, and the weights that are kept may not be the best.")
     init = f" of {t.cfg.init}" if t.cfg.init else ""

@@ -6,8 +6,10 @@ import os
 import re
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY, Answer, interrupt_at, prose
 from test_faults import Fork, failed, names, weights
@@ -630,6 +632,18 @@ def test_parts_of_unlike_languages(cli):
             "train", "--data", name, *TINY, "--max-steps", 1, "--out", f"{name[:3]}.safetensors"
         )
         assert result.status == 0 and result.err.count("is unlike the rest") == words
+
+
+def test_memory_for_a_text_larger_than_it():
+    """Catches a look at the whole text that needs several bytes for each of its characters."""
+    ids = np.zeros(40_000_000, np.uint8)
+    ids[::3] = 1
+    tracemalloc.start()
+    assert not anexagpt.is_unlike(ids, ids[:1_000], 3)
+    assert anexagpt.is_unlike(ids, ids[:1_000] + 1, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(ids)
 
 
 @pytest.mark.parametrize("at", [0, 3, 20, 21])
