@@ -2987,7 +2987,7 @@ def make_trainer(
 
 @contextmanager
 def training_lock(out: Path) -> Iterator[None]:
-    """One training per output file; the lock ends with the process.  raises: UserError"""
+    """One training run per output file; the lock ends with the process.  raises: UserError"""
     # The file stays: if it went, a second process could lock another one of its name.
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, mode=0o666)
     wait = "wait, or choose another folder"
@@ -4092,7 +4092,7 @@ def cmd_run(args: argparse.Namespace) -> None:
     if is_done:
         m = read_file(out).metadata
         is_done = not config_diff(asked, m.settings()) and names in ([], m.data.names)
-    sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training
+    sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training run
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")
     else:  # which refuses to train over a finished model
