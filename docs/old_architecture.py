@@ -529,6 +529,8 @@ def train(args):
     val_ids = ids[n_train:]
     enough = len(val_ids) > T
     require(enough, f"{name}: {len(text)} characters; --block-size {T} needs over {10 * T}")
+    fix = f"prompt it with --model {args.out}, or choose another --out"
+    require(not args.out.exists(), f"{args.out}: exists; {fix}")
     tempfile.TemporaryFile(dir=args.out.parent).close()  # fails now if saving would fail
     log(f"{name}: {len(text):,} characters, {config}")
     rng = random.Random(args.seed)
@@ -582,6 +584,8 @@ def generate_ids(ids, state_dict, config, temperature, rng):
 # ---- model file ----------------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of a JSON header, the header, the tensors in little-endian.
 
+LARGEST = 1e3  # no weight of a run that went well is larger
+
 
 def tensor_entries(config, names):
     """Header entries of the parameters, in a file that holds them in the order of `names`."""
@@ -603,7 +607,9 @@ def save_model(path, config, state_dict, metadata):
     text = json.dumps(header | tensor_entries(config, state_dict)).encode()
     while len(text) % 8:  # aligns the tensors
         text += b" "
-    rows = flatten(map(detach, state_dict.values()))
+    rows = list(flatten(map(detach, state_dict.values())))
+    is_sane = all(abs(x) < LARGEST for row in rows for x in row)
+    require(is_sane, f"{path}: not saved: the run diverged; lower --learning-rate")
     tensors = [struct.pack(f"<{len(row)}f", *row) for row in rows]
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -624,6 +630,8 @@ def read_header(file):
     characters = json.loads(metadata["characters"])
     valid = characters == build_vocab(characters) and len(characters) == config.vocab_size
     require(valid, "its characters are not U+FFFD followed by vocab_size - 1 sorted characters")
+    exported = "transformer.wte.weight" in header
+    require(not exported, "it was exported for transformers; take the file before the export")
     names = sorted(parameter_shapes(config), key=lambda name: header[name]["data_offsets"])
     entries = tensor_entries(config, names)
     require(header == entries, "its tensors do not match its config")
@@ -634,7 +642,7 @@ def read_tensors(file, entries):
     """State dict of floats from the rest of a model file after its header."""
     n = sum(math.prod(entry["shape"]) for entry in entries.values())
     numbers = struct.unpack(f"<{n}f", file.read())
-    require(all(abs(x) < 1e3 for x in numbers), "weights not finite, or absurdly large")
+    require(all(abs(x) < LARGEST for x in numbers), "weights not finite, or absurdly large")
     numbers = iter(numbers)
     state_dict = {}
     for name, entry in entries.items():
@@ -703,7 +711,7 @@ def chat(config, characters, state_dict, temperature, max_new):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: {escape_control(message)}; see --help\n")
 
 
 def parse_args(argv):
@@ -728,8 +736,9 @@ def parse_args(argv):
 def run(args):
     """Train unless a model is given, then prompt the model."""
     require(args.max_steps >= 1, f"--max-steps {args.max_steps}: must be 1 or more")
-    require(args.max_new >= 0, f"--max-new {args.max_new}: must be 0 or more")
-    require(args.temperature >= 0, f"--temperature {args.temperature}: must be 0 or more")
+    require(0 <= args.max_new <= 10**9, f"--max-new {args.max_new}: must be from 0 to 10^9")
+    is_valid = args.temperature == 0 or 0.001 <= args.temperature <= 1_000
+    require(is_valid, f"--temperature {args.temperature}: must be 0, or from 0.001 to 1,000")
     path = args.model
     if path is None:
         train(args)
@@ -750,7 +759,7 @@ def main(argv):
         return 0
     except BrokenPipeError:
         os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # rates may be absurd
         log(f"{Path(__file__).name}: {error}")
         return 2
     except KeyboardInterrupt:

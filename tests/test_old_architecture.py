@@ -17,7 +17,8 @@ import pexpect
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, start
+from conftest import ROOT, header, start
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -276,6 +277,14 @@ def test_a_bad_file_is_refused_in_one_line(name, tiny, tmp_path):
     assert re.fullmatch(r"/\S+: not a whole model of Anexa .{1,240}", str(error.value))
 
 
+def test_an_exported_model(tiny, tmp_path):
+    """Catches the advice to fetch a file again that is as it should be."""
+    tensors = {f"transformer.{name}": w for name, w in load_file(tiny).items()}
+    save_file(tensors, tmp_path / "m.safetensors", header(tiny)["__metadata__"])
+    with pytest.raises(ValueError, match="exported for transformers"):
+        old.load_model(tmp_path / "m.safetensors")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 
@@ -328,16 +337,24 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path):
         ("--n-head 5", "n_embd must be a multiple of n_head"),
         ("--max-steps 0", "--max-steps"),
         ("--temperature nan", "--temperature"),
+        ("--temperature 1e-320", "--temperature"),
+        ("--max-new 99999999999999999999", "--max-new"),
         ("--learning-rate nan --n-embd 4", "--learning-rate"),
+        ("--data some.txt --max-steps 1 --learning-rate 1e39", "lower --learning-rate"),
+        ("--data some.txt --max-steps 1 --out some.txt", "some.txt: exists"),
+        ("--data some.txt --max-steps 1 --out .", ".: exists"),
+        ("\x1b[31mred", "\\x1b[31mred"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(args, words, tmp_path):
     """Catches a traceback, a wrong status, and a message that does not name the cause."""
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9" * 9)
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "some.txt").write_text("the cat sat on the mat. " * 20)
     done = run(*args.split(), cwd=tmp_path)
     assert done.status == 2 and done.out == "" and "Traceback" not in done.err
-    assert words in done.err.splitlines()[-1] and done.err.count("\n") <= 2
+    assert words in done.err.splitlines()[-1] and done.err.count("\n") <= 4
+    assert "\x1b" not in done.err and (tmp_path / "some.txt").stat().st_size == 480
 
 
 def test_terminal(tiny, tmp_path):
