@@ -457,6 +457,8 @@ def test_views_of_a_session_are_real():
     start = next(i for i, line in enumerate(session) if line.startswith(told[0]))
     assert len(told) == 5
     assert all(line.startswith(row) for row, line in zip(told, session[start:], strict=False))
+    space, line_end = (row.split()[-1] for row in told[:2])
+    assert f"math.log({space} / {line_end})" in TEXTS[ROOT / "docs" / "idea.md"]
 
 
 def test_quoted_figures():
@@ -489,7 +491,7 @@ SOURCES = {
     "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
     "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
-    "idea": {"12 2.5 1.5": "a ratio that the block computes, its logarithm; a suggestion"},
+    "idea": {"4.2 1.4 1.5": "a ratio that the block computes, its logarithm; a suggestion"},
     "journey": {"5.9": "test_journey_is_true"},
     "new_architecture": {
         "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
@@ -504,7 +506,7 @@ SOURCES = {
     },
     "troubleshooting": {
         "3.10 2.9 2.13 2.14": "versions of Python and PyTorch",
-        "560,000 0.3 50 20 20,000": "the book; Trainer.fit; the page",
+        "560,000 0.3 50 20 20,000 32": "the book; Trainer.fit; the page; LONG_TEXT",
     },
 }
 UNITS = "%|min|sec|ms|[MGk]B|char|nats|bits|steps|times|[mbtr]+illion|hours|parameters|epochs"
