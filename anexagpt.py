@@ -121,6 +121,11 @@ def option(default, help=None, low=None, high=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
+def plain_value(value):
+    """A number of NumPy, as from np.arange, as one of Python; others as they are."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def field_types(config: type, name: str) -> tuple[type, ...]:
     """Types that a field allows: (int, NoneType) for `int | None`."""
     hint = get_type_hints(config)[name]
@@ -135,7 +140,9 @@ class Config:
 
     def __post_init__(self):
         for setting in fields(self):
-            self.check(setting.name, getattr(self, setting.name), **setting.metadata)
+            value = plain_value(getattr(self, setting.name))
+            self.check(setting.name, value, **setting.metadata)
+            object.__setattr__(self, setting.name, value)  # although it is frozen
 
     @classmethod
     def check(cls, name: str, value, help, low, high) -> None:
@@ -260,10 +267,12 @@ def build_vocab(characters: Iterable[str]) -> str:
 
 
 def unify_newlines(text: str) -> str:
-    r"""`text` with \n for \r\n and \r, as files are read.
+    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is no text
 
     U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
     """
+    if not isinstance(text, str):
+        raise UserError(f"`text={printable(str(text)[:40])}`: must be a text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -735,7 +744,8 @@ def evaluate(network: GPT, ids: ndarray, dtype=torch.float32) -> tuple[float, in
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
-    require(count, "no character of the text to evaluate on is known; take another text")
+    rule = "the text to evaluate on has no known character after the first"
+    require(count, f"{rule}; take another text")
     padding = (1 - len(ids)) % T  # so that whole windows remain; id 0 as a target does not count
     ids = np.pad(ids, (0, padding))
     inputs = ids[:-1].reshape(-1, T)  # (N, T)
@@ -788,6 +798,8 @@ class Trainer:
         self.dtype = dtype  # of the matrix products: float32 or bfloat16
         self.train_ids, val_ids = split_ids(corpus.ids)
         T = config.block_size
+        is_enough = len(self.train_ids) > 2 * T and len(val_ids) > 1
+        require(is_enough, f"{corpus.info}: too short a text for `block_size={T}`")
         self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type, dtype)
         # A tenth of the time goes to evaluation: a character takes a third of its time in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
@@ -1307,9 +1319,8 @@ class Model:
 
         raises: UserError if no character of a prompt is known
         """
-        require(
-            isinstance(prompt, str), f"`prompt={str(prompt)[:40]}`: must be a text, as 'It was'"
-        )
+        if not isinstance(prompt, str):
+            raise UserError(f"`prompt={printable(str(prompt)[:40])}`: must be a text, as 'It was'")
         known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
         if prompt:
             require(known, f"'{printable(prompt[:40])}': the model knows none of these characters")
@@ -1357,6 +1368,7 @@ class Model:
         logits = self.next_logits(ids[start:])[-1:]  # (1, V)
         if sampling:
             logits[:, 0] = -np.inf  # U+FFFD is never sampled
+            cfg = replace(cfg, temperature=max(cfg.temperature, 1e-6))  # 0 is a limit
             logits = process_logits(logits, cfg, ids[None].astype("i8"))
         return softmax(logits)[0]
 
@@ -1367,7 +1379,7 @@ class Model:
         has when the model writes it. A character that the vocabulary lacks has that of U+FFFD.
         """
         before = self.prompt_ids(prompt)
-        ids = np.concatenate((before, self.tokenizer.encode(text)))
+        ids = np.concatenate((before, self.tokenizer.encode(unify_newlines(text))))
         T = self.network.config.block_size
         parts = []
         position = len(before)  # of the next character to predict
@@ -1792,7 +1804,7 @@ def publish(path: Path, replace: bool = True) -> Iterator[Path]:
 
     Without `replace`, an existing file is an error.  raises: OSError
     """
-    path = path.resolve()  # a link stays a link
+    path = real_path(path)  # a link stays a link
     temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1849,11 +1861,19 @@ Model.write_file = staticmethod(publish_tensors)
 def user_path(name: str | Path) -> Path:
     """A path, where ~ is the home folder: no shell expands --out=~/x, or a name in Python.
 
-    raises: UserError if there is no home folder
+    raises: UserError if there is no home folder, or for an address
     """
+    is_local = not re.match(URL, str(name))
+    fix = "must be on this computer; choose another name"
+    require(is_local, f"{printable(public_name(str(name)))}: {fix}")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads; Path.resolve() fails on a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def file_id(path: Path) -> tuple | None:
@@ -1961,13 +1981,13 @@ class SavedFile(NamedTuple):
 def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
-        shown = public_name(str(path))  # a URL, perhaps, though it cannot be one
-        out = shown.removesuffix(CHECKPOINT_SUFFIX)
-        fix = f"check the name, or train it with: python anexagpt.py train --out {out}"
+        fix = "a model file ends in .safetensors, and a prompt that has spaces needs quotes"
+        if path.suffix == ".safetensors":
+            fix = f"check the name, or train it with: python anexagpt.py train --out {path}"
         unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
         if unfinished.is_file():
             fix += f", or use its checkpoint, {unfinished}"
-        raise UserError(f"{shown}: no such file; {fix}")
+        raise UserError(f"{path}: no such file; {fix}")
     try:
         require(path.is_file(), "it is not a regular file")
         with open(path, "rb") as file:
@@ -2064,6 +2084,7 @@ CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
 LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
+MAX_NAMES = 1_000_000  # characters in the names of all texts, which go into the header of a model
 COMMON_ENCODINGS = ["utf_8", "utf_16", "utf_16_le", "utf_16_be", "koi8_r"]
 COMMON_ENCODINGS += ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"]
 COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
@@ -2096,8 +2117,11 @@ def public_name(name: str) -> str:
 
 def hide_secrets(text: str) -> str:
     """A message with the public names of its URLs."""
-    url = rf"{URL}\S*?(?=[':;,.)]*(?:\s|$))"  # without punctuation at its end
-    return re.sub(url, lambda match: public_name(match[0]), text)
+    end = r"(?=[':;,.)]*(?:\s|$))"  # punctuation
+    text = re.sub(rf"{URL}\S*?{end}", lambda match: public_name(match[0]), text)
+    # User, password and query of an address whose beginning is missing or mistyped.
+    user = r"(?<=//)[^\s/]*@|(?<=/)[^\s/]*:[^\s/]*@"  # a Path has only one slash
+    return re.sub(rf"{user}|\?\S*?=\S*?{end}", "", text)
 
 
 def sha256_of(path: Path) -> str:
@@ -2136,6 +2160,7 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
+    require(text, "an empty answer")
     words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
     require(ending in words, "not the expected text, or incomplete")
 
@@ -2189,12 +2214,20 @@ def fetch(url: str, path: Path, ending: str) -> None:
     adapter = MeteredAdapter()
     session.mount("http://", adapter)
     session.mount("https://", adapter)
-    response = session.get(url, stream=True, timeout=TIMEOUT, headers=headers)
+    try:
+        response = session.get(url, stream=True, timeout=TIMEOUT, headers=headers)
+    except requests.RequestException:
+        raise
+    except OSError as error:  # of a certificate file that is not there
+        raise UserError(f"{first_line(error)}; correct REQUESTS_CA_BUNDLE, or unset it") from None
     require(response.status_code == 200, f"HTTP status {response.status_code}")
+    coding = response.headers.get("Content-Encoding", "identity")
+    fix = "download it by hand, and unpack it"
+    require(coding == "identity", f"it comes compressed ({printable(coding)[:20]}); {fix}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
     bar = rich.progress.Progress(
-        console=PlainConsole(), transient=True, disable=not sys.stderr.isatty()
+        console=plain_console(), transient=True, disable=not sys.stderr.isatty()
     )
     with closing(response), publish(path) as temporary:
         with open(temporary, "xb") as file, bar:
@@ -2212,8 +2245,10 @@ def download_error(error: Exception) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
-    if isinstance(error, requests.exceptions.ProxyError):
-        return "the proxy failed; set HTTPS_PROXY, or unset it"
+    if isinstance(error, (requests.exceptions.ProxyError, requests.exceptions.InvalidSchema)):
+        return "the proxy failed; correct HTTPS_PROXY and ALL_PROXY, or unset them"
+    if isinstance(error, requests.exceptions.InvalidURL):
+        return "the address is malformed, or that of a proxy in HTTPS_PROXY or ALL_PROXY"
     return f"the connection failed ({type(error).__name__})"
 
 
@@ -2274,6 +2309,8 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(sys.stdin.buffer.read(), encoding)]
     if name in BUILT_IN or is_url(name):
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
+    known = "only http:// and https:// addresses can be downloaded"
+    require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {known}")
     path = user_path(name or "?")  # Path("") is the current folder
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
@@ -2285,7 +2322,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         texts = [Path(match) for match in sorted(glob.glob(name)) if os.path.isfile(match)]
     if not texts:
         known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
-        raise UserError(f"`data={printable(public_name(name))}`: {known}; check the spelling")
+        raise UserError(f"`data={printable(name)}`: {known}; check the spelling")
     return [Source(text, encoding) for text in texts]
 
 
@@ -2353,7 +2390,7 @@ def guess_encoding(sample: bytes) -> str | None:
     return guess.encoding if guess and guess.encoding != "utf_8" else None
 
 
-def text_error(source: Source) -> UserError:
+def text_error(source: Source, replace_errors: bool) -> UserError:
     """Which byte of a file is not text, and what to do."""
     where = "undecodable bytes"
     decoder = codecs.getincrementaldecoder(source.encoding)()
@@ -2385,8 +2422,9 @@ def text_error(source: Source) -> UserError:
     is_new = guess and codecs.lookup(guess).name != codecs.lookup(source.encoding).name
     if is_new and not is_binary:
         fix = f"try `encoding={guess.replace('_', '-')}`"
-    other = "or add `replace_errors` to read such bytes as U+FFFD"
-    return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}, {other}")
+    if not replace_errors:
+        fix += ", or add `replace_errors` to read such bytes as U+FFFD"
+    return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}")
 
 
 def decoded_pieces(file: io.TextIOBase, replace_errors: bool) -> Iterator[str]:
@@ -2418,11 +2456,8 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
                         yield "\n"
                     yield piece
                     last = piece
-        except LookupError:
-            fix = "unknown to Python; try utf-8, latin-1 or cp1252"
-            raise UserError(f"`encoding={source.encoding}`: {fix}") from None
         except UnicodeError:
-            raise text_error(source) from None
+            raise text_error(source, replace_errors) from None
         except OSError as error:
             error.filename = str(source)  # a broken disk does not name the file
             raise
@@ -2439,6 +2474,11 @@ def load_corpus(
     They are read twice: for their vocabulary, then for their ids. Those of a long text are in a
     nameless file in `folder`, by default that for temporary files.  raises: UserError
     """
+    try:
+        "".encode(encoding)
+    except (LookupError, TypeError, ValueError):
+        fix = "unknown to Python; try utf-8, latin-1 or cp1252"
+        raise UserError(f"`encoding={encoding}`: {fix}") from None
     wanted = names or ["sherlock"]
     try:
         sources = [source for name in wanted for source in find_texts(name, encoding)]
@@ -2459,24 +2499,42 @@ def load_corpus(
     if replace_errors and n_unknown:
         log(f"NOTE: read as U+FFFD, the unknown character: {n_unknown:,} characters.")
     shown = ["standard input" if name == "-" else public_name(name) for name in wanted]
+    n_shown = sum(map(len, shown))
+    fix = f"but a model file has room for {MAX_NAMES:,}; join some of the texts"
+    require(n_shown <= MAX_NAMES, f"`data`: names of {n_shown:,} characters, {fix}")
     info = TextInfo(shown, sha256.hexdigest(), n)
     is_text = is_present.sum() <= 65_535
     require(is_text, f"`data={info}`: more than 65,535 different characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, is_present.nonzero()[0])))
     dtype = tokenizer.table.dtype
     is_long = n >= LONG_TEXT
-    with tempfile.TemporaryFile(dir=folder) if is_long else io.BytesIO() as file:
-        for piece in read_texts(sources, replace_errors):
-            file.write(tokenizer.encode(piece))
-        ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
+    pieces = read_texts(sources, replace_errors)
+    try:
+        with tempfile.TemporaryFile(dir=folder) if is_long else io.BytesIO() as file:
+            for piece in pieces:
+                file.write(tokenizer.encode(piece))
+            ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
+    except OSError as error:
+        if error.filename:
+            raise
+        place = folder or tempfile.gettempdir()
+        reason = f"no room for the ids of the text ({save_error(error)})"
+        raise UserError(f"{place}: {reason}; it needs {n * dtype.itemsize:,} bytes") from None
     return Corpus(info, tokenizer, ids)
 
 
 # ---- terminal ------------------------------------------------------------------------------------
 # Generated text goes to stdout, everything else to stderr.
 
-PlainConsole = partial(Console, stderr=True, highlight=False, markup=False, emoji=False)
 STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def plain_console(stderr: bool = True) -> Console:
+    """Console that prints text as it is."""
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if console.width < 1:  # of COLUMNS=0, with which it would print nothing
+        console.width = 80
+    return console
 
 
 def escape_control(text: str) -> str:
@@ -2485,7 +2543,9 @@ def escape_control(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return escape_control(str(error) or type(error).__name__).partition("\n")[0]
+    """Of a foreign message, in which backquotes do not mark settings."""
+    text = escape_control(str(error) or type(error).__name__).partition("\n")[0]
+    return text.replace("`", "'")
 
 
 def write_stdout(text: str) -> None:
@@ -2500,7 +2560,7 @@ def log(text: str = "") -> None:
         return
     with suppress(OSError):  # the reader or the terminal has gone
         if sys.stderr.isatty():
-            PlainConsole().print(escape_control(text))
+            plain_console().print(escape_control(text))
         else:
             print(escape_control(text), file=sys.stderr, flush=True)
 
@@ -2549,7 +2609,7 @@ class TensorBoard:
 def open_tensorboard(folder: str | Path | None, first_step: int) -> TensorBoard | None:
     """raises: UserError"""
     try:
-        return TensorBoard(Path(folder), first_step) if folder else None
+        return TensorBoard(user_path(folder), first_step) if folder else None
     except OSError as error:
         reason = f"cannot be written ({save_error(error)}); choose another folder"
         raise UserError(f"`tensorboard={folder}`: {reason}") from None
@@ -2561,7 +2621,7 @@ class ProgressDisplay:
     def __init__(self, trainer: Trainer, is_shown: bool, board: TensorBoard | None = None):
         self.trainer = trainer
         self.is_shown = is_shown
-        self.is_live = is_shown and (sys.stderr.isatty() or PlainConsole().is_jupyter)
+        self.is_live = is_shown and (sys.stderr.isatty() or plain_console().is_jupyter)
         self.started = time.monotonic()
         self.first_step = trainer.steps_done
         self.last_update = 0.0
@@ -2590,7 +2650,7 @@ class ProgressDisplay:
 
     def show(self, line: str = "", end: str = "\r") -> None:
         """Print a line over the live line, which ends in a carriage return."""
-        line = set_cell_size(printable(line), PlainConsole().width - 1)
+        line = set_cell_size(printable(line), plain_console().width - 1)
         with suppress(OSError):
             print(line, end=end, file=sys.stderr, flush=True)
 
@@ -2606,8 +2666,9 @@ class ProgressDisplay:
         losses, char_rate, left = self.metrics()
         seconds_left = (t.cfg.max_steps - t.steps_done) * self.seconds_per_step()
         if self.is_shown and t.steps_done == 50 and seconds_left > 600:
-            minutes = round(seconds_left / 60)
-            log(f"NOTE: this run takes about {minutes} minutes. Fewer max-steps make it shorter;")
+            minutes = seconds_left / 60
+            time_left = f"{minutes:.0f} minutes" if minutes < 180 else f"{minutes / 60:,.0f} hours"
+            log(f"NOTE: this run takes about {time_left}. Fewer max-steps make it shorter;")
             log("and after Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
@@ -2774,7 +2835,9 @@ def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch
 
 def check_settings(settings: dict) -> dict:
     """The settings that were asked for; a size stands for four.  raises: UserError"""
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    settings = {name: plain_value(value) for name, value in settings.items()}
+    if isinstance(settings.get("init"), Path):
+        settings["init"] = str(settings["init"])
     size = settings.pop("size", None)
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
     for name, value in settings.items():
@@ -2782,7 +2845,7 @@ def check_settings(settings: dict) -> dict:
         cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
         cls.check(name, value, **cls.__dataclass_fields__[name].metadata)
     if size is not None:
-        require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
+        require(str(size) in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
         settings = SIZES[size] | settings
     return settings
 
@@ -2801,12 +2864,9 @@ def output_path(out: str | Path) -> Path:
     """raises: UserError unless a model and all that its run writes beside it can be there"""
     out = user_path(out)
     if out.is_symlink():  # two names of one file are one run
-        out = Path(os.path.realpath(out))
+        out = real_path(out)
     is_file = out.suffix == ".safetensors" and not out.is_dir()
-    shown = public_name(str(out))
-    require(is_file, f"`out={shown}`: must be a file ending in .safetensors; choose another name")
-    is_local = not re.match(URL, str(out))
-    require(is_local, f"`out={shown}`: must be a file of this computer; choose another name")
+    require(is_file, f"`out={out}`: must be a file ending in .safetensors; choose another name")
     for path in (out, checkpoint_path(out)):
         try:
             file_id(path)
@@ -2834,13 +2894,16 @@ class RunFiles:
         unfinished = None
         if os.path.lexists(path):  # even with `restart`, which removes it
             fix = "move it away, or choose another `out`"
+            require(path.exists(), f"{path}: is a broken link; remove it, or choose another `out`")
             self.checkpoint.written = file_id(path)
             unfinished = read_file(path, fix)
             require(unfinished.is_checkpoint, f"{path}: is a model, not a checkpoint; {fix}")
         if restart:
+            is_apart = "init" not in asked or real_path(user_path(asked["init"])) != real_path(path)
+            require(is_apart, f"`init={path}`: `restart` would discard it; choose another `out`")
             return None
         if out.exists():
-            done = read_file(out).metadata
+            done = read_file(out, "choose another `out`").metadata
             run = f"{done.data}, {done.step:,} steps"
             if diff := config_diff(asked, done.settings()):
                 run += f" ({diff})"
@@ -2897,9 +2960,9 @@ def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data.names:
         is_remote = is_url(name) or re.match(r"[\\/]{2}", name)  # \\PC\FILE is a network path
-        is_here = name in BUILT_IN or os.path.exists(name)
-        fix = f"its text {printable(name)} is not here; name it with `data`"
-        require(is_here and not is_remote, fix)
+        is_here = name in BUILT_IN or os.path.exists(os.path.expanduser(name)) or glob.glob(name)
+        missing = f"the text of the model, {printable(name)}, is not here"
+        require(is_here and not is_remote, f"{missing}; name it with `data`")
     return metadata.data.names
 
 
@@ -3226,16 +3289,21 @@ def change_notice(changes: dict[str, str]) -> str:
     return ", ".join(words)
 
 
-def normalize_and_log(model: Model, prompt: str) -> str:
-    """`prompt` in known characters; says what was changed, and how much of it is read."""
-    text, changes = model.tokenizer.normalize_prompt(prompt)
-    n = len(text)
-    T = model.network.config.block_size
+def normalize_and_log(model: Model, text: str) -> str:
+    """`text` in known characters; says what was changed.  raises: UserError if none is known"""
+    model.prompt_ids(text)
+    text, changes = model.tokenizer.normalize_prompt(text)
     if changes:
         log(f"({change_notice(changes)})")
+    return text
+
+
+def log_context(model: Model, prompt: str) -> None:
+    """Say how much of a long prompt is read."""
+    n = len(prompt)
+    T = model.network.config.block_size
     if n > T:
         log(f"(the context has {T:,} characters: the last {n - context_start(n, T):,} are read)")
-    return text
 
 
 def shown_part(text: str) -> str:
@@ -3274,7 +3342,7 @@ def setting_columns(model: Model, text: str, cfg: SampleConfig) -> dict[str, nda
         default = 1.0 if name == "temperature" else getattr(SampleConfig(), name)
         if value == default:
             continue
-        active[name] = value or 1e-6  # temperature 0 is a limit
+        active[name] = value
         label = LABELS.get(name, name.replace("_", "-"))
         columns[f"{label} {value:g}"] = model.next_characters(text, **active)
     return columns
@@ -3304,7 +3372,7 @@ def view_probs(model: Model, text: str, cfg: SampleConfig, console: Console) -> 
 def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
     """Surprise of each character of a text that follows a prompt."""
     text, _ = model.tokenizer.normalize_prompt(text)
-    require(text, "there is no answer yet; type a prompt")
+    require(text, "there is no answer to look at; type a prompt")
     n_hidden = len(text) - len(shown_part(text))
     prompt = model.tokenizer.decode(model.prompt_ids(prompt)) + text[:n_hidden]
     text = text[n_hidden:]
@@ -3361,7 +3429,7 @@ class Chat:
     def __init__(self, model: Model, cfg: SampleConfig):
         self.model = model
         self.cfg = cfg
-        self.console = PlainConsole()
+        self.console = plain_console()
         self.prompt = ""  # of the last answer
         self.written = ""
         self.seed = None
@@ -3385,6 +3453,7 @@ class Chat:
     def answer(self, prompt: str, echo: bool = True) -> None:
         """Continue `prompt` until done or Ctrl-C; `echo`: show it before its continuation."""
         text = normalize_and_log(self.model, prompt)
+        log_context(self.model, text)
         require(text, "there is nothing to continue; type a prompt")
         start = context_start(len(text), self.model.network.config.block_size)
         self.seed = self.cfg.seed
@@ -3467,11 +3536,12 @@ class Chat:
         view_tokens(self.model, text or self.prompt, self.console)
 
     def probs(self, text: str) -> None:
-        view_probs(self.model, text or self.prompt, self.cfg, self.console)
+        text = normalize_and_log(self.model, text or self.prompt)
+        view_probs(self.model, text, self.cfg, self.console)
 
     def why(self, text: str) -> None:
         if text:
-            view_why(self.model, text, "", self.console)
+            view_why(self.model, normalize_and_log(self.model, text), "", self.console)
         else:
             view_why(self.model, self.written, self.prompt, self.console)
 
@@ -3504,14 +3574,18 @@ def is_unclosed(text: str) -> bool:
     return text.startswith('"""') and '"""' not in text[3:]
 
 
+def without_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def read_line() -> str:
     """raises: EOFError"""
-    if PlainConsole().is_jupyter:
+    if plain_console().is_jupyter:
         return input()
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return without_line_end(line)
 
 
 def read_prompt() -> str:
@@ -3564,17 +3638,20 @@ def complete_line(event: prompt_toolkit.key_binding.KeyPressEvent) -> None:
     """
     buffer = event.current_buffer
     wanted = completion.CompleteEvent(completion_requested=True)
-    found = list(buffer.completer.get_completions(buffer.document, wanted))
+    found = buffer.completer.get_completions(buffer.document, wanted)
+    found = [choice for choice in found if not re.search("[\ud800-\udfff]", choice.text)]
     common = completion.get_common_complete_suffix(buffer.document, found)
     if len(found) == 1:
         buffer.delete_before_cursor(-found[0].start_position)
         common = found[0].text
+        if found[0].display_text.endswith("/"):  # a folder
+            common += "/"
     buffer.insert_text(common)
-    if found and not common:
+    if len(found) > 1 and not common:
         names = [printable(choice.display_text) for choice in found[:100]]
         if len(found) > len(names):
             names.append(f"and {len(found) - len(names):,} more")
-        run_in_terminal(lambda: PlainConsole().print(Columns(names, column_first=True)))
+        run_in_terminal(lambda: plain_console().print(Columns(names, column_first=True)))
 
 
 def prompt_reader() -> Callable[[], str]:
@@ -3584,8 +3661,8 @@ def prompt_reader() -> Callable[[], str]:
         return read_prompt
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
-    words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
+    words += [f"/{name}" for name in CHAT_COMMANDS if f"/{name}" not in files]
     completers = [completion.WordCompleter(words, sentence=True)]
     completers.append(completion.NestedCompleter(files))
     keys = KeyBindings()
@@ -3827,19 +3904,19 @@ def export(
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
     require_gpt2(model.network)
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
-    source = model.path.resolve()
+    source = real_path(model.path)
     for path in filter(None, (folder, gguf)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
-        is_apart = path.resolve() not in (source, source.parent)
+        is_apart = real_path(path) not in (source, source.parent)
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     contents = {}
     if folder:
-        files = hub_files(model, printable(folder.resolve().name), license)
+        files = hub_files(model, printable(real_path(folder).name), license)
         contents = {folder / name: content for name, content in files.items()}
     for path in [*contents, *filter(None, [gguf])]:
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
-    is_apart = not gguf or gguf.resolve() not in [path.resolve() for path in contents]
+    is_apart = not gguf or real_path(gguf) not in map(real_path, contents)
     require(is_apart, f"{gguf}: is a file of the folder; choose another name")
     for path, content in contents.items():
         with publish(path) as temporary:
@@ -3881,10 +3958,10 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
     except Exception as error:  # the client checks no answer: a bad one raises anything
         fix = "check name and connection, or 'hf auth login' with a token that may write there"
         reason = first_line(error)
-        if not isinstance(error, (errors.HfHubHTTPError, OSError, ValueError)):
+        if isinstance(error, (AttributeError, LookupError, TypeError)):
             reason = f"unexpected answer of the server ({reason})"
         raise UserError(f"{name}: not uploaded: {reason}; {fix}") from None
-    return f"{hub.constants.ENDPOINT}/{name}"
+    return public_name(f"{hub.constants.ENDPOINT}/{name}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -4021,8 +4098,8 @@ def sampling_settings(args: argparse.Namespace) -> SampleConfig:
 def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     """The model file of a command: its only argument, or --model.  raises: UserError"""
     if len(words) > 1:
-        fix = "A text file: --data X. A model: --model X. Quote a prompt that has spaces."
-        raise UserError(f"unexpected argument '{public_name(words[1])}'. {fix}")
+        fix = "quote a prompt that has spaces; a model may follow, a text file goes after --data"
+        raise UserError(f"unexpected argument '{public_name(words[1])}'; {fix}")
     return user_path(words[0]) if words else args.model
 
 
@@ -4080,18 +4157,30 @@ def is_checkpoint_path(path: Path) -> bool:
     return path.name.endswith(CHECKPOINT_SUFFIX)
 
 
+def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
+    """Whether these are the texts of a model; addresses may differ in what their names hide."""
+    shown = [public_name(name) for name in names]
+    if shown == names or shown != m.data.names:
+        return shown == m.data.names
+    return load_corpus(names, args.encoding, args.replace_errors).info.sha256 == m.data.sha256
+
+
 def cmd_run(args: argparse.Namespace) -> None:
+    asked = check_settings(training_settings(args))
     if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
+        trains = asked.keys() - {"seed"} or args.data or args.restart or args.out != Path(MODEL)
+        fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
+        require(not trains, f"{args.words[0]}: a model is opened, not trained; {fix}")
         return cmd_chat(args)
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     out = args.out
-    names = [public_name(name) for name in args.data + args.words]
-    asked = check_settings(training_settings(args))
+    names = args.data + args.words
     is_done = out.exists() and not args.restart
     if is_done:
-        m = read_file(out).metadata
-        is_done = not config_diff(asked, m.settings()) and names in ([], m.data.names)
+        m = read_file(out, "choose another `out`").metadata
+        is_done = not config_diff(asked, m.settings())
+        is_done = is_done and (not names or is_text_of(names, args, m))
     sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training run
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")
@@ -4113,12 +4202,12 @@ def cmd_generate(args: argparse.Namespace) -> None:
     cfg = sampling_settings(args)
     text = args.words[0]
     if text == "-":  # the way to have line ends in a prompt on Windows
-        text = sys.stdin.read().removesuffix("\n")
+        text = without_line_end(sys.stdin.read())
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
     model = load_model(take_model(args, args.words[1:]), args, one_text=n == 1)
-    model.prompt_ids(text)  # an error if none of it is known
     prompt = normalize_and_log(model, text)
+    log_context(model, prompt)
     if n == 1:
         write_stdout(prompt)
         for pieces in model.stream_batch(prompt, cfg):
@@ -4134,13 +4223,15 @@ def cmd_explain(args: argparse.Namespace) -> None:
     require(args.words, "give a text to show")
     text = args.words[0]
     model = load_model(take_model(args, args.words[1:]), args)
-    model.prompt_ids(text)  # an error if none of it is known
+    if "tokens" not in (args.view or VIEWS):  # which says itself what is changed
+        text = normalize_and_log(model, text)
     cfg = sampling_settings(args)
-    console = PlainConsole(stderr=False)
+    console = plain_console(stderr=False)
+    shown = text or model.tokenizer.decode(model.prompt_ids(""))
     views = {
         "tokens": lambda: view_tokens(model, text, console),
         "probs": lambda: view_probs(model, text, cfg, console),
-        "why": lambda: view_why(model, text or "\n", "", console),
+        "why": lambda: view_why(model, shown, "", console),
         "attn": lambda: view_attn(model, text, args.layer, args.head, console),
     }
     with console.capture() as output:  # so that an error comes before all of them
@@ -4200,7 +4291,8 @@ def cmd_export(args: argparse.Namespace) -> None:
     models = [word for word in args.words if word.endswith(SUFFIXES)]
     others = [word for word in args.words if word not in models]
     gguf = args.gguf
-    if others and others[-1].endswith(".gguf"):
+    if others and others[-1].lower().endswith(".gguf"):
+        require(not gguf, f"{printable(others[-1])}: there is a `gguf={gguf}` already; give one")
         gguf = user_path(others.pop())
     require(len(others) <= 1, f"unexpected argument '{printable(' '.join(others[1:]))}'")
     folder = user_path(others[0]) if others else None
@@ -4210,9 +4302,11 @@ def cmd_export(args: argparse.Namespace) -> None:
 
 
 def cmd_push(args: argparse.Namespace) -> None:
-    require(args.words, "give a name for the model on the Hub, as USER/NAME")
-    model = load(take_model(args, args.words[1:]))
-    print(push(model, args.words[0], args.license, args.private))
+    models = [word for word in args.words if word.endswith(SUFFIXES)]
+    names = [word for word in args.words if word not in models]
+    require(len(names) == 1, "give one name for the model on the Hub, as USER/NAME")
+    model = load(take_model(args, models))
+    print(push(model, *names, args.license, args.private))
 
 
 class Command(NamedTuple):
@@ -4278,7 +4372,7 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
         argv = argv[:at]
     for word in argv:
         is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse reads -nothing as -n othing
-        require(not is_text, f"'{hide_secrets(word)}': not an option; {DASHES}")
+        require(not is_text, f"'{hide_secrets(word)}': options begin with --; {DASHES}")
     args = build_parser(name).parse_intermixed_args(argv)
     args.words += literal
     if not is_named:

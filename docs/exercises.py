@@ -229,7 +229,8 @@ EXERCISES = {
 def main(names: list[str]) -> None:
     for name in names:
         if name not in EXERCISES:
-            sys.exit(f"{name}: no such exercise; choose from {', '.join(EXERCISES)}")
+            print(f"{name}: no such exercise; choose from {', '.join(EXERCISES)}", file=sys.stderr)
+            sys.exit(2)
     torch.set_num_threads(1)  # in a network this tiny they would wait for each other
     for name in names or EXERCISES:
         exercise = EXERCISES[name]

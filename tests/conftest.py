@@ -200,7 +200,8 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
+        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8", newline="\n")  # as Python's
+        monkeypatch.setattr(sys, "stdin", stream)
         capsys.readouterr()
         try:
             status = anexagpt.main([str(argument) for argument in arguments])

@@ -361,7 +361,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
     lines = {
         "/xyzzy": "/help", "/": "/help", "/respond x": "unknown", "/__init__ x": "unknown",
         "/attn x": "layer x: must be from 1 to 2", "/attn 1 3": "head 3: must be from 1 to 2",
-        "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer yet",
+        "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer",
         "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
         "/model no.safetensors": "no such file", "/read model.safetensors": "save it as such)",
         "/model model.safetensors/x": "no such file", f"/read {'n' * 300}": "too long",
@@ -486,16 +486,22 @@ def test_keys(model, tmp_path):
 
 def test_more_completions_than_a_screen_holds(model, tmp_path):
     """Catches a list that asks before it is shown, where Ctrl-C is a traceback, one without end,
-    and a control character in it."""
+    a control character in it, a name that cannot be typed, and a folder that is not entered."""
     for i in range(300):
         Path(f"text_{i}.txt").touch()
     Path("text_\x1b[2J").touch()
+    Path("folder").mkdir()
+    Path("folder/only.txt").write_text("dear watson")
+    Path("folder/only\udce9.txt").touch()
     child = Terminal("chat", "-n", 0, rows=10, XDG_STATE_HOME=str(tmp_path))
     child.expect("Prompt:")
     child.send("/read te\t\t")
     child.expect("and 201 more")
     shown = child.before
     child.press("\x03", "quit or Ctrl-D")
+    child.expect("Prompt:")
+    child.send("/read fol\t\t\r")
+    child.expect("Response: dear watson")
     child.expect("Prompt:")
     child.send("\x04")
     assert child.end() == 0

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, interrupt_at, prose, start
+from safetensors.torch import save
 
 import anexagpt
 
@@ -297,6 +299,7 @@ def test_prompts_that_are_taken_for_options(model, cli, prompt):
     "train --bogus={}", "train -{}", "generate -n{}", "train --size {}", "train --out {}",
     "train --max-steps {}", "train x.txt --data x --out x.safetensors --tensorboard {} --init {}",
     "generate x --model {}", "explain x --view {}", "{}@ {}", "push {}", "eval a.checkpoint {}",
+    "export {}", "export --gguf {}", "train prose.txt --out n.safetensors --tensorboard {}",
 ])  # fmt: skip
 def test_secrets_of_an_address_in_the_wrong_place(model, cli, command):
     """Catches a user, password or query on the screen, whatever complains about the argument."""
@@ -304,6 +307,15 @@ def test_secrets_of_an_address_in_the_wrong_place(model, cli, command):
     result = cli(*(word.format(url) for word in command.split()))
     assert result.status == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err
     assert not re.search("me:|secret|hidden", result.out + result.err), result.err
+    assert not os.path.exists("http:")
+
+
+@pytest.mark.parametrize("begin", ["//me:secret@h", "http//me:secret@h", "http;//me:secret@h", "h"])
+def test_secrets_of_a_mistyped_address(cli, begin):
+    """Catches a password or query on the screen where an address does not begin like one."""
+    for command in ("train --data", "", "chat", "generate x"):
+        result = cli(*command.split(), f"{begin}/get.txt?id=1&token=hidden")
+        assert result.status == 2 and not re.search("secret|hidden", result.err), result.err
 
 
 def test_line_end_in_a_name(cli):
@@ -316,6 +328,17 @@ def test_prompt_from_standard_input(model, cli):
     """Catches a prompt of two lines that cmd.exe cannot pass."""
     out = cli("generate", "-", "-n", 0, stdin="the\ncat\n").out
     assert out == "the\ncat\n"
+    assert cli("generate", "-", "-n", 0, stdin="the\r\n").out == "the\n"
+    result = cli("chat", "-n", 0, stdin="/show\r\nthe\r\nquit\r\n")
+    assert result.out == "the\n" and "unknown" not in result.err
+
+
+@pytest.mark.parametrize("columns", ["0", "00"])
+def test_terminal_without_a_width(model, cli, monkeypatch, columns):
+    """Catches messages and views that are cut to nothing by COLUMNS=0."""
+    monkeypatch.setenv("COLUMNS", columns)
+    result = cli("explain", "the")
+    assert result.status == 0 and "attention" in result.out
 
 
 def test_command_after_the_options(model, cli):
@@ -367,10 +390,29 @@ def test_command_after_the_options(model, cli):
     ("export --f16 hf", ["--gguf"]),
     ("push me/x --token hf_secret", ["--token"]),
     ("chat --model prose.txt", ["prose.txt", "not a complete model"]),
-    ("generate It was a", ["unexpected argument", "--data X", "--model X", "Quote"]),
+    ("generate It was a", ["unexpected argument", "--data", "quote"]),
+    ("generate It was", ["was: no such file", "quotes"]),
+    ("chat model", ["model: no such file", ".safetensors"]),
+    ("model.safetensors --data prose.txt", ["opened, not trained", "--init model.safetensors"]),
+    ("model.safetensors --restart", ["opened, not trained", "--out FILE"]),
+    ("run model.safetensors --n-layer 7", ["opened, not trained"]),
+    ("train -n-layer 1", ["-n-layer", "options begin with --"]),
+    ("train --encoding locale prose.txt", ["--encoding locale", "unknown"]),
+    ("train --encoding undefined prose.txt", ["--encoding undefined", "unknown"]),
+    ("export a.gguf --gguf b.gguf", ["a.gguf", "b.gguf", "one"]),
+    ("export loop", ["loop"]),
+    ("export --gguf loop", ["loop: is a link"]),
+    ("export --gguf loop/x.gguf", ["loop"]),
+    ("push model.safetensors", ["USER/NAME"]),
+    ("train prose.txt --out foreign.safetensors", ["foreign.safetensors", "another --out"]),
+    ("run prose.txt --out foreign.safetensors", ["foreign.safetensors", "another --out"]),
+    ("train prose.txt --out broken.safetensors", ["broken link", "another --out"]),
 ])  # fmt: skip
 def test_errors(model, cli, line, words):
     """Catches a value that is accepted, a message without value or rule, and files left behind."""
+    Path("foreign.safetensors").write_bytes(save({"wte.weight": torch.zeros(2, 2)}))
+    for name, place in {"loop": "loop", "broken.safetensors.checkpoint": "nowhere"}.items():
+        Path(name).symlink_to(place)
     arguments, before = line.split(), set(os.listdir())
     if line.startswith("train -"):
         arguments += [] if "--out" in line else ["--out", "new.safetensors"]

@@ -437,6 +437,9 @@ def test_push_in_a_process_of_its_own(trained, hub):
     env = dict(HF_ENDPOINT=hub.address, HF_HUB_DISABLE_XET="1")
     result = start("push", "me/tiny", cwd=trained, env=env)
     assert result.status == 0 and result.out == f"{hub.address}/me/tiny\n", result
+    env["HF_ENDPOINT"] = hub.address.replace("//", "//me:secret@")
+    result = start("push", "me/tiny", cwd=trained, env=env)
+    assert "secret" not in result.out + result.err, result
 
 
 def test_example_of_a_short_context(cli, tmp_path):
@@ -466,8 +469,9 @@ def test_push_errors(trained, hub, cli, dead, monkeypatch):
     assert cli("push", "me/tiny", "--private", *model).is_error("public")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead)
     assert cli("push", "me/tiny", *model).is_error("me/tiny: not uploaded", *fixes)
+    assert "unexpected answer" not in cli("push", "me/tiny", *model).err
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert cli("push", "me/tiny", *model).is_error("me/tiny", "offline")
+    assert cli("push", "me/tiny", *model).is_error("me/tiny", "offline", "HF_HUB_OFFLINE")
     monkeypatch.delenv("HF_TOKEN")
     assert cli("push", "me/tiny", *model).is_error("hf auth login", "HF_TOKEN")
     assert not hub.files

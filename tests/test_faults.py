@@ -288,6 +288,15 @@ def test_restart_that_dies_early(cli):
     assert not CHECKPOINT.exists() and MODEL.with_stem("model.old").read_bytes() == before
 
 
+def test_restart_from_its_own_checkpoint(cli):
+    """Catches a --restart that removes the checkpoint it was told to begin with."""
+    stop(cli, 10)
+    before = CHECKPOINT.read_bytes()
+    command = ["train", *OPTIONS, "--init", CHECKPOINT, "--restart"]
+    assert cli(*command).is_error("--init", "discard", "another --out")
+    assert CHECKPOINT.read_bytes() == before
+
+
 def test_two_processes(cli):
     """Catches two processes that write one checkpoint, and a lock that outlives a kill."""
     results = []

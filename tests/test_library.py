@@ -109,6 +109,10 @@ WRONG = [
     (dict(device="tpu"), "`device=tpu`: not found; choose .*cpu"),
     (dict(data="nowhere.txt", text=None), "`data=nowhere.txt`: no such file"),
     (dict(data="nowhere.txt"), "`data` and `text`"),
+    (dict(text=b"bytes"), "`text=b'bytes'`: must be a text"),
+    (dict(text=Path("a.txt")), "`text=a.txt`: must be a text"),
+    (dict(size=["small"]), "`size=.*must be one of"),
+    (dict(text=None, data="nowhere.txt", encoding=5), "`encoding=5`: unknown"),
     (dict(text="short"), "`data=text`: 5 characters, but training needs 170"),
     (dict(out="model.bin"), r"`out=model\.bin`: must be a file ending in \.safetensors"),
     (dict(learning_rate=10.0, muon_learning_rate=10.0), "diverged.*`learning_rate=3.3`"),
@@ -141,6 +145,35 @@ def test_what_is_no_text(tiny, settings, name):
     with pytest.raises(UserError, match=name) as error:
         model.generate(**settings)
     assert "must be a text" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_surprise_of_what_is_no_text(tiny):
+    """Catches an AttributeError, and a line end of Windows that counts as an unknown character."""
+    model = load(tiny)
+    with pytest.raises(UserError, match="`text=5`: must be a text"):
+        model.surprise(5)
+    assert model.surprise("the\r\ncat").tolist() == model.surprise("the\ncat").tolist()
+
+
+def test_numbers_of_numpy(tiny):
+    """Catches "must be a whole number" for one, and a file that cannot be written with it."""
+    model = load(tiny)
+    for n in np.arange(3, 5):
+        assert len(model.generate("the", max_new=n, top_k=n, temperature=np.float32(0.5))) == n
+    settings = SMALL | dict(max_steps=np.int64(4), learning_rate=np.float32(0.01))
+    train(text=TEXT, out="m.safetensors", **settings)
+    assert load("m.safetensors").metadata.training["max_steps"] == 4
+
+
+def test_a_trainer_without_enough_text():
+    """Catches a division by zero for a text that train() would refuse."""
+    for text in ("", "short", "a" * 40):
+        with pytest.raises(UserError, match="too short"):
+            anexagpt.Trainer(
+                anexagpt.Corpus.from_text(text),
+                anexagpt.GPTConfig(block_size=32),
+                anexagpt.TrainConfig(),
+            )
 
 
 def test_half_a_character():
@@ -181,6 +214,8 @@ def test_views_are_arrays(tiny):
     np.testing.assert_allclose(probs, softmax(logits), atol=1e-5)
     top = model.next_characters(text, top_k=3)
     assert np.count_nonzero(top) == 3 and top[0] == 0
+    greedy = model.next_characters(text, temperature=0)
+    assert greedy[probs[1:].argmax() + 1] == 1 and greedy.sum() == pytest.approx(1)
     attention = model.attention(text)
     assert attention.shape == tuple(weights.shape)  # (L, H, T, T)
     np.testing.assert_allclose(attention, weights, atol=1e-5)

@@ -53,6 +53,7 @@ def run_and_exit(arguments, env: dict, closed=()) -> None:
                 stream = io.TextIOWrapper(raw, env.get("PYTHONIOENCODING", "utf-8"))
                 setattr(sys, name, stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         status = anexagpt.main([str(a) for a in arguments])
     except SystemExit as leave:
         status = leave.code or 0

@@ -1,6 +1,7 @@
 """Text sources: files, folders, standard input, built-in texts and URLs, against texts written by
 hand. What was read is known by its SHA-256 in the model file; servers are on the loopback."""
 
+import gzip
 import hashlib
 import os
 import re
@@ -427,6 +428,9 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
             "REQUESTS_CA_BUNDLE",
         ),
         (anexagpt.requests.exceptions.ProxyError("https://me:secret@x"), "HTTPS_PROXY"),
+        (anexagpt.requests.exceptions.InvalidSchema("socks5://me:secret@x"), "ALL_PROXY"),
+        (anexagpt.requests.exceptions.InvalidURL("http://me:secret@x:y"), "ALL_PROXY"),
+        (OSError("no bundle at /x.pem"), "/x.pem; correct REQUESTS_CA_BUNDLE"),
     ):
 
         def refuse(*_, error=error, **options):
@@ -435,6 +439,56 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
         monkeypatch.setattr(anexagpt.requests.Session, "get", refuse)
         result = cli("train", "--data", f"http://127.0.0.1:{port}/x", *SMALL)
         assert words in failed(result) and "secret" not in result.err
+
+
+@pytest.mark.parametrize("answer, words", [
+    (Answer(gzip.compress(BOOK), dripped="Content-Encoding: gzip"), "compressed (gzip)"),
+    (Answer(b""), "empty"),
+])  # fmt: skip
+def test_answers_without_a_text(cli, server, answer, words):
+    """Catches what is no text, and is stored as a good copy that every later run takes."""
+    url = server.page("/a.txt", answer, Answer(BOOK))
+    assert failed(cli("train", "--data", url, *SMALL), words)
+    assert cli("train", "--data", url, *SMALL).status == 0
+
+
+def test_same_address_with_another_query(cli, server):
+    """Catches a second text that is not noticed, since its name without the query is the same."""
+    urls = [server.page(f"/get?id={i}", Answer(prose(100 + i).encode())) for i in (1, 2)]
+    options = SMALL[:-1]
+    assert cli("run", "--data", urls[0], *options).status == 0
+    assert cli("run", "--data", urls[0], *options).status == 0
+    assert failed(cli("run", "--data", urls[1], *options), "already holds a model")
+
+
+def test_names_that_the_shell_did_not_expand(cli, tmp_path, monkeypatch):
+    """Catches a text named with ~ or * that eval, or a resumed run, does not find again."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("a.tex").write_text(prose(100))
+    for name in ("~/a.tex", "*.tex"):
+        assert cli("train", f"--data={name}", *SMALL).status == 0
+        assert cli("eval").status == 0
+    Path("a.tex").unlink()
+    assert cli("eval").is_error("text of the model, *.tex, is not here")
+
+
+def test_names_of_very_many_files(cli, monkeypatch):
+    """Catches a model that cannot be opened, since the names of its texts fill its header."""
+    monkeypatch.setattr(anexagpt, "MAX_NAMES", 50)
+    for i in range(9):
+        Path(f"text{i}.txt").write_text(prose(100))
+    names = [f"text{i}.txt" for i in range(9)]
+    assert cli("train", "--data", *names, *SMALL).is_error("81 characters", "room for 50")
+    assert cli("train", "--data", *names[:5], *SMALL).status == 0
+
+
+def test_no_room_for_a_long_text(cli, monkeypatch):
+    """Catches a full disk that is not named, where a long text needs a temporary file."""
+    full = open("/dev/full", "wb")  # noqa: SIM115
+    monkeypatch.setattr(anexagpt.tempfile, "TemporaryFile", lambda dir: full)
+    monkeypatch.setattr(anexagpt, "LONG_TEXT", 1)
+    Path("a.txt").write_text(prose(9_000))
+    assert cli("train", "a.txt", *SMALL).is_error("no room for the ids", "bytes")
 
 
 def test_secrets_of_an_address(cli, server):
@@ -512,7 +566,7 @@ ADVICE = [  # bytes, encoding, what the message says
         "gb18030",
         ["--encoding utf-8"],
     ),
-    (b"one", "undefined", ["undecodable"]),
+    (b"one", "undefined", ["unknown"]),
     (b"one", "utf-16", ["undecodable"]),
     ("one\ntwo \0 three".encode("utf-16"), "utf-16", ["line 2", r"two \x00 three", "save it"]),
     ("one\ntwo".encode("utf-16") + b"\0\xd8\n\0", "utf-16", ["line 2", "save it"]),
