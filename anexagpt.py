@@ -2463,6 +2463,39 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
             raise
 
 
+def check_encoding(name: str) -> None:
+    """raises: UserError unless Python knows it"""
+    try:
+        "".encode(name)
+    except (LookupError, TypeError, ValueError):
+        fix = "unknown to Python; try utf-8, latin-1 or cp1252"
+        raise UserError(f"`encoding={name}`: {fix}") from None
+
+
+def public_names(names: list[str]) -> list[str]:
+    """Names of texts as a model file has them.  raises: UserError if its header has no room"""
+    shown = ["standard input" if name == "-" else public_name(name) for name in names]
+    n = sum(map(len, shown))
+    fix = f"but a model file has room for {MAX_NAMES:,}; join some of the texts"
+    require(n <= MAX_NAMES, f"`data`: names of {n:,} characters, {fix}")
+    return shown
+
+
+def store_ids(pieces: Iterable[ndarray], dtype: np.dtype, folder: str | None) -> ndarray:
+    """Ids (N,) of a long text, in a nameless file.  raises: UserError if there is no room"""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for piece in pieces:
+                file.write(piece)
+            return np.memmap(file, dtype, "r")
+    except OSError as error:
+        if error.filename:  # a text that cannot be read
+            raise
+        reason = f"no room for the ids of the text ({save_error(error)})"
+        place = folder or tempfile.gettempdir()
+        raise UserError(f"{place}: {reason}; make room, or choose another folder") from None
+
+
 def load_corpus(
     names: list[str] | None,
     encoding: str = "utf-8",
@@ -2472,13 +2505,9 @@ def load_corpus(
     """The texts of --data; without names Sherlock Holmes or, if no mirror answers, FALLBACK.
 
     They are read twice: for their vocabulary, then for their ids. Those of a long text are in a
-    nameless file in `folder`, by default that for temporary files.  raises: UserError
+    file in `folder`, by default that for temporary files.  raises: UserError
     """
-    try:
-        "".encode(encoding)
-    except (LookupError, TypeError, ValueError):
-        fix = "unknown to Python; try utf-8, latin-1 or cp1252"
-        raise UserError(f"`encoding={encoding}`: {fix}") from None
+    check_encoding(encoding)
     wanted = names or ["sherlock"]
     try:
         sources = [source for name in wanted for source in find_texts(name, encoding)]
@@ -2498,28 +2527,16 @@ def load_corpus(
         n_unknown += piece.count(UNKNOWN)
     if replace_errors and n_unknown:
         log(f"NOTE: read as U+FFFD, the unknown character: {n_unknown:,} characters.")
-    shown = ["standard input" if name == "-" else public_name(name) for name in wanted]
-    n_shown = sum(map(len, shown))
-    fix = f"but a model file has room for {MAX_NAMES:,}; join some of the texts"
-    require(n_shown <= MAX_NAMES, f"`data`: names of {n_shown:,} characters, {fix}")
-    info = TextInfo(shown, sha256.hexdigest(), n)
+    info = TextInfo(public_names(wanted), sha256.hexdigest(), n)
     is_text = is_present.sum() <= 65_535
     require(is_text, f"`data={info}`: more than 65,535 different characters; is it text?")
     tokenizer = Tokenizer(build_vocab(map(chr, is_present.nonzero()[0])))
     dtype = tokenizer.table.dtype
-    is_long = n >= LONG_TEXT
-    pieces = read_texts(sources, replace_errors)
-    try:
-        with tempfile.TemporaryFile(dir=folder) if is_long else io.BytesIO() as file:
-            for piece in pieces:
-                file.write(tokenizer.encode(piece))
-            ids = np.memmap(file, dtype, "r") if is_long else np.frombuffer(file.getvalue(), dtype)
-    except OSError as error:
-        if error.filename:
-            raise
-        place = folder or tempfile.gettempdir()
-        reason = f"no room for the ids of the text ({save_error(error)})"
-        raise UserError(f"{place}: {reason}; it needs {n * dtype.itemsize:,} bytes") from None
+    pieces = map(tokenizer.encode, read_texts(sources, replace_errors))
+    if n < LONG_TEXT:
+        ids = np.frombuffer(b"".join(pieces), dtype)
+    else:
+        ids = store_ids(pieces, dtype, folder)
     return Corpus(info, tokenizer, ids)
 
 
