@@ -17,6 +17,7 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from playwright.sync_api import Error, sync_playwright
+from test_terminal import random_model
 
 import anexagpt
 
@@ -145,7 +146,7 @@ def large_logits(tiny):
         for weight in network.parameters():
             weight.copy_(torch.randn_like(weight) * (0.35 if weight.dim() == 2 else 0.5))
         network.transformer.wte.weight.mul_(8)
-    metadata["config"] = json.dumps(shape | dict(block_size=40, dropout=None))
+    metadata["config"] = json.dumps(shape | dict(block_size=40, dropout=0.0))
     metadata["characters"] = json.dumps(characters)
     weights = dict(network.transformer.named_parameters())
     plain = {n: w.t() if n.startswith("h.") and w.dim() == 2 else w for n, w in weights.items()}
@@ -324,6 +325,7 @@ SPOILT = {  # name: what makes it of a good file, and a part of the page's reaso
     "init": (lambda f: field(f, "training", init=5), "init is not"),
     "block_size": (lambda f: field(f, "config", block_size=4097), "block_size is out of range"),
     "dropout": (lambda f: field(f, "config", dropout=0.95), "dropout is out of range"),
+    "no dropout": (lambda f: field(f, "config", dropout=None), "dropout is out of range"),
     "no names": (lambda f: field(f, "data", names=[]), "no name"),
     "one more tensor": (lambda f: tensor(f, "h.9.ln_1.bias"), "not those of its config"),
     "NaN": (lambda f: changed(f, validation_loss="NaN"), "validation_loss is not JSON"),
@@ -346,6 +348,7 @@ UNUSUAL = {  # what both open
     "no max_steps": lambda f: changed(f, training="{}"),
     "one name": lambda f: field(f, "data", name="text.txt"),
     "dropout": lambda f: field(f, "config", dropout=0.9),
+    "old": lambda f: changed(f, config=json.dumps(shape_without_dropout(f))),
     "checkpoint": lambda f: changed(renamed(f, "best."), format="checkpoint"),
     "young checkpoint": lambda f: tensor(renamed(f, "ema."), "loss_sum"),
 }  # fmt: skip
@@ -355,6 +358,11 @@ def field(content: bytes, of: str, **values) -> bytes:
     """A model file with other values in one field of its metadata."""
     old = json.loads(split_file(content)[0]["__metadata__"][of])
     return changed(content, **{of: json.dumps(old | values)})
+
+
+def shape_without_dropout(content: bytes) -> dict:
+    config = json.loads(split_file(content)[0]["__metadata__"]["config"])
+    return {name: value for name, value in config.items() if name != "dropout"}
 
 
 def tensor(content: bytes, name: str) -> bytes:
@@ -568,6 +576,93 @@ def test_undo(page, tiny):
     page.click("#undo")
     assert box.input_value() == states[-2]
     assert page.evaluate("text.bits.filter(Number.isFinite).length") == 300
+
+
+def test_undo_of_quick_changes(page, tiny):
+    """Catches a text that is lost, since it was deleted right after it was typed; and Undo that
+    works only in the text, or only with Latin letters."""
+    load(page, tiny)
+    box = page.locator("#text")
+    box.press_sequentially("the dog")
+    box.press("Control+a")
+    box.press("Delete")
+    for _ in range(2):
+        assert box.input_value() == ""
+        page.locator("#go").press("Control+z")
+        assert box.input_value() == "the dog"
+        box.press("Control+y")
+    event = "new KeyboardEvent('keydown', { key: 'я', code: 'KeyZ', ctrlKey: true, bubbles: true })"
+    page.evaluate(f"$('text').dispatchEvent({event})")
+    assert box.input_value() == "the dog"
+    box.press_sequentially("\u2603")  # is dropped: no change
+    page.click("#undo")
+    assert box.input_value() == ""
+
+
+def test_text_when_another_model_is_opened(page, tiny, tmp_path):
+    """Catches a text that is lost: to a link that is followed again, to a smaller vocabulary."""
+    small = random_model(tiny, tmp_path / "small.safetensors", "abcdefg").path
+    page.goto(f"{PAGE.as_uri()}#prompt=the+dog&max_new=3&temperature=1")
+    load(page, tiny)
+    page.wait_for_function("() => mode === 'idle' && text.ids.length === 10")
+    page.fill("#text", "the cat saw")
+    page.fill("#set-temperature", "1.5")
+    for model, shown in ((tiny, "the cat saw"), (small, "ecaa"), (tiny, "the cat saw")):
+        load(page, model)
+        assert page.input_value("#text") == shown
+        assert page.input_value("#set-temperature") == "1.5"
+
+
+def test_text_of_astral_characters(page, tiny, tmp_path):
+    """Catches half of a text that is cut off, since each of its characters has two units; and
+    characters of a model that turn the text around them."""
+    path = random_model(tiny, tmp_path / "m.safetensors", "\U0001f600\U0001f601\u202ea").path
+    load(page, path)
+    page.fill("#text", "\U0001f600" * 15_000)
+    assert page.evaluate("text.ids.length") == 15_000
+    assert not re.search("[\u202a-\u202e]", write(page, "a", max_new=200, temperature=2))
+
+
+def test_focus_and_selection_while_it_writes(page, tiny):
+    """Catches a button that loses the focus, and a selection that cannot be copied."""
+    load(page, tiny)
+    write(page, "the", max_new=20)
+    page.focus("#again")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => mode === 'idle'")
+    assert page.evaluate("document.activeElement.id") == "again"
+    page.select_option("#pace", "20")
+    start_writing(page)
+    page.evaluate("$('text').setSelectionRange(0, 3)")
+    page.focus("#set-top_k")
+    page.keyboard.press("Tab")  # moves no setting
+    n = page.evaluate("text.ids.length")
+    page.wait_for_function(f"() => text.ids.length > {n + 3}")
+    assert page.evaluate("[$('text').selectionStart, $('text').selectionEnd]") == [0, 3]
+    assert not page.evaluate("run.moved")
+    page.keyboard.press("Escape")
+
+
+def test_odd_links(page, tiny):
+    """Catches a line that writes another text where the model had begun by itself, a speed that is
+    not the one shown, and mistakes that nobody hears of."""
+    load(page, tiny)
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.line = text }; 0")
+    write(page, "", max_new=9, temperature=1.5, seed=3)
+    page.click("#go")
+    page.wait_for_function("() => mode === 'idle' && text.ids.length === 18")
+    written = page.input_value("#text")
+    page.click("#link")
+    page.select_option("#pace", "2")
+    page.evaluate("follow(line)")
+    page.wait_for_function("() => mode === 'idle'", timeout=2_000)
+    assert page.input_value("#text") == written and page.input_value("#pace") == "0"
+    page.evaluate("follow('#prompt=the+\u2603+dog&temperature=abc&pace=7&max_new=1&toString=1')")
+    page.wait_for_function("() => mode === 'idle'")
+    status = page.inner_text("#status")
+    assert "temperature abc: must be" in status and "dropped \u2603" in status
+    assert page.input_value("#pace") == "0" and "1 character in" in status
+    assert page.get_attribute("#set-temperature", "aria-invalid") == "false"
 
 
 def test_paste_and_drop(page, tiny):
