@@ -1386,10 +1386,12 @@ class Model:
         while position < len(ids):
             start = context_start(position, T)
             end = min(start + T + 1, len(ids))
-            probs = softmax(self.next_logits(ids[start : end - 1]))  # (end - 1 - start, V)
+            logits = self.next_logits(ids[start : end - 1])  # (end - 1 - start, V)
             predicted = ids[position:end]
-            probs = probs[position - start - 1 :]  # of the characters from `position` on
-            parts.append(-np.log2(probs[np.arange(len(predicted)), predicted]))
+            logits = logits[position - start - 1 :]  # of the characters from `position` on
+            logits -= logits.max(-1, keepdims=True)
+            nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(predicted)), predicted]
+            parts.append(nats / math.log(2))
             position = end
         return np.concatenate([np.zeros(0, "f4"), *parts])
 
@@ -1863,6 +1865,7 @@ def user_path(name: str | Path) -> Path:
 
     raises: UserError if there is no home folder, or for an address
     """
+    require(isinstance(name, (str, Path)), f"`{name}`: must be the name of a file")
     is_local = not re.match(URL, str(name))
     fix = "must be on this computer; choose another name"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
@@ -1981,13 +1984,16 @@ class SavedFile(NamedTuple):
 def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
-        fix = "a model file ends in .safetensors, and a prompt that has spaces needs quotes"
-        if path.suffix == ".safetensors":
-            fix = f"check the name, or train it with: python anexagpt.py train --out {path}"
+        shown = missing_name(path)
+        fix = "check the name"
+        if not shown.endswith(SUFFIXES):
+            fix += "; a model file ends in .safetensors"
+        if shown.endswith(".safetensors"):
+            fix += f", or train it with: python anexagpt.py train --out {shown}"
         unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
         if unfinished.is_file():
             fix += f", or use its checkpoint, {unfinished}"
-        raise UserError(f"{path}: no such file; {fix}")
+        raise UserError(f"{shown}: no such file; {fix}")
     try:
         require(path.is_file(), "it is not a regular file")
         with open(path, "rb") as file:
@@ -2084,7 +2090,7 @@ CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
 LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
-MAX_NAMES = 1_000_000  # characters in the names of all texts, which go into the header of a model
+MAX_NAMES = 1_000_000  # bytes that the names of all texts take in the header of a model
 COMMON_ENCODINGS = ["utf_8", "utf_16", "utf_16_le", "utf_16_be", "koi8_r"]
 COMMON_ENCODINGS += ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"]
 COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
@@ -2117,11 +2123,14 @@ def public_name(name: str) -> str:
 
 def hide_secrets(text: str) -> str:
     """A message with the public names of its URLs."""
-    end = r"(?=[':;,.)]*(?:\s|$))"  # punctuation
-    text = re.sub(rf"{URL}\S*?{end}", lambda match: public_name(match[0]), text)
-    # User, password and query of an address whose beginning is missing or mistyped.
-    user = r"(?<=//)[^\s/]*@|(?<=/)[^\s/]*:[^\s/]*@"  # a Path has only one slash
-    return re.sub(rf"{user}|\?\S*?=\S*?{end}", "", text)
+    url = rf"{URL}\S*?(?=[':;,.)]*(?:\s|$))"  # without punctuation at its end
+    return re.sub(url, lambda match: public_name(match[0]), text)
+
+
+def missing_name(name: str | Path) -> str:
+    """A name that no file has, to be shown: it may be an address that begins in another way."""
+    name = re.sub(r"[^/\\\s]*@", "", public_name(str(name)))  # user and password
+    return printable(re.sub(r"(?s)([?#]).*", r"\1...", name))
 
 
 def sha256_of(path: Path) -> str:
@@ -2221,9 +2230,10 @@ def fetch(url: str, path: Path, ending: str) -> None:
     except OSError as error:  # of a certificate file that is not there
         raise UserError(f"{first_line(error)}; correct REQUESTS_CA_BUNDLE, or unset it") from None
     require(response.status_code == 200, f"HTTP status {response.status_code}")
-    coding = response.headers.get("Content-Encoding", "identity")
+    coding = response.headers.get("Content-Encoding", "").lower()
+    is_compressed = re.search(r"\b(gzip|deflate|compress|br|zstd)\b", coding)
     fix = "download it by hand, and unpack it"
-    require(coding == "identity", f"it comes compressed ({printable(coding)[:20]}); {fix}")
+    require(not is_compressed, f"it comes compressed ({printable(coding)[:20]}); {fix}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
     bar = rich.progress.Progress(
@@ -2245,10 +2255,12 @@ def download_error(error: Exception) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
-    if isinstance(error, (requests.exceptions.ProxyError, requests.exceptions.InvalidSchema)):
-        return "the proxy failed; correct HTTPS_PROXY and ALL_PROXY, or unset them"
-    if isinstance(error, requests.exceptions.InvalidURL):
-        return "the address is malformed, or that of a proxy in HTTPS_PROXY or ALL_PROXY"
+    variables = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return f"the proxy failed; correct {variables}, or unset them"
+    malformed = requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL
+    if isinstance(error, (*malformed, urllib3.exceptions.LocationParseError)):
+        return f"the address, or that of a proxy in {variables}, is of no known kind"
     return f"the connection failed ({type(error).__name__})"
 
 
@@ -2319,10 +2331,10 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     found = path.glob("[!.]*")
     texts = sorted(p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md"))
     if not texts and glob.has_magic(name):  # where the shell does not expand *.txt
-        texts = [Path(match) for match in sorted(glob.glob(name)) if os.path.isfile(match)]
+        texts = [Path(match) for match in sorted(glob.glob(str(path))) if os.path.isfile(match)]
     if not texts:
         known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
-        raise UserError(f"`data={printable(name)}`: {known}; check the spelling")
+        raise UserError(f"`data={missing_name(name)}`: {known}; check the spelling")
     return [Source(text, encoding) for text in texts]
 
 
@@ -2475,9 +2487,9 @@ def check_encoding(name: str) -> None:
 def public_names(names: list[str]) -> list[str]:
     """Names of texts as a model file has them.  raises: UserError if its header has no room"""
     shown = ["standard input" if name == "-" else public_name(name) for name in names]
-    n = sum(map(len, shown))
+    n = len(json.dumps(json.dumps(shown)))  # as they stand in the header
     fix = f"but a model file has room for {MAX_NAMES:,}; join some of the texts"
-    require(n <= MAX_NAMES, f"`data`: names of {n:,} characters, {fix}")
+    require(n <= MAX_NAMES, f"`data`: names of {n:,} bytes, {fix}")
     return shown
 
 
@@ -2871,7 +2883,7 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
     """Settings that ask for something else than those `saved`; "" if none."""
     differing = []
     for name, value in asked.items():
-        is_free = name in FREE_SETTINGS or name in free
+        is_free = value is None or name in FREE_SETTINGS or name in free
         if name in saved and not is_free and value != saved[name]:
             differing.append(f"`{name}={saved[name]}`, not {value}")
     return ", ".join(differing)
@@ -2883,7 +2895,8 @@ def output_path(out: str | Path) -> Path:
     if out.is_symlink():  # two names of one file are one run
         out = real_path(out)
     is_file = out.suffix == ".safetensors" and not out.is_dir()
-    require(is_file, f"`out={out}`: must be a file ending in .safetensors; choose another name")
+    fix = "must be a file ending in .safetensors; choose another name"
+    require(is_file, f"`out={missing_name(out)}`: {fix}")
     for path in (out, checkpoint_path(out)):
         try:
             file_id(path)
@@ -2977,7 +2990,8 @@ def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data.names:
         is_remote = is_url(name) or re.match(r"[\\/]{2}", name)  # \\PC\FILE is a network path
-        is_here = name in BUILT_IN or os.path.exists(os.path.expanduser(name)) or glob.glob(name)
+        path = os.path.expanduser(name)
+        is_here = name in BUILT_IN or os.path.exists(path) or glob.glob(path)
         missing = f"the text of the model, {printable(name)}, is not here"
         require(is_here and not is_remote, f"{missing}; name it with `data`")
     return metadata.data.names
@@ -3146,6 +3160,17 @@ def log_run(t: Trainer) -> None:
     )
 
 
+def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
+    """raises: UserError"""
+    if data is None:
+        return []
+    if isinstance(data, (str, Path)):
+        return [str(data)]
+    is_several = isinstance(data, Iterable) and not isinstance(data, bytes)
+    require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
+    return [str(name) for name in data]
+
+
 def use_fast_training(trainer: Trainer) -> None:
     """A step with the fast `attention` and, on one GPU, as a CUDA graph."""
     use_fast_attention(trainer.network, trainer.dtype)
@@ -3182,7 +3207,7 @@ def train(
     raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
     """
     asked = check_settings(settings)
-    names = [str(data)] if isinstance(data, (str, Path)) else list(map(str, data or ()))
+    names = text_names(data)
     require(text is None or not names, "`data` and `text`: give only one of them")
     selected, _ = select_device(device, dtype)
     files = RunFiles(out) if out is not None else None
@@ -3537,7 +3562,8 @@ class Chat:
 
     def read(self, file: str) -> None:
         path = user_path(file.strip())
-        require(path.is_file(), f"/read {file}: no such file; check the spelling")  # no pipe
+        shown = missing_name(file)
+        require(path.is_file(), f"/read {shown}: no such file; check the spelling")  # no pipe
         try:
             text = "".join(read_texts([Source(path, "utf-8")]))
         except UserError:  # which advises options of the command line
@@ -3678,10 +3704,12 @@ def prompt_reader() -> Callable[[], str]:
         return read_prompt
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
+    words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
-    words += [f"/{name}" for name in CHAT_COMMANDS if f"/{name}" not in files]
+    has_argument = Condition(lambda: " " in session.default_buffer.text)
+    file_completer = completion.NestedCompleter(files)
     completers = [completion.WordCompleter(words, sentence=True)]
-    completers.append(completion.NestedCompleter(files))
+    completers.append(completion.ConditionalCompleter(file_completer, has_argument))
     keys = KeyBindings()
     # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
@@ -3927,6 +3955,8 @@ def export(
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
         is_apart = real_path(path) not in (source, source.parent)
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
+    is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
+    require(is_folder and folder != gguf, f"{folder}: is not a folder; choose another name")
     contents = {}
     if folder:
         files = hub_files(model, printable(real_path(folder).name), license)
@@ -4115,9 +4145,19 @@ def sampling_settings(args: argparse.Namespace) -> SampleConfig:
 def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     """The model file of a command: its only argument, or --model.  raises: UserError"""
     if len(words) > 1:
-        fix = "quote a prompt that has spaces; a model may follow, a text file goes after --data"
-        raise UserError(f"unexpected argument '{public_name(words[1])}'; {fix}")
+        raise UserError(f"unexpected argument '{missing_name(words[1])}'; give one model file")
     return user_path(words[0]) if words else args.model
+
+
+def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
+    """Prompt and model file of a command.  raises: UserError"""
+    require(args.words, f"give a {name}")
+    prompt, *others = args.words
+    for word in others:
+        is_model = word.endswith(SUFFIXES) or os.path.exists(word)
+        fix = "quote a prompt that has spaces; a model file ends in .safetensors"
+        require(is_model, f"unexpected argument '{missing_name(word)}'; {fix}")
+    return prompt, take_model(args, others)
 
 
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
@@ -4177,20 +4217,20 @@ def is_checkpoint_path(path: Path) -> bool:
 def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
     """Whether these are the texts of a model; addresses may differ in what their names hide."""
     shown = [public_name(name) for name in names]
-    if shown == names or shown != m.data.names:
+    if shown != m.data.names or not any(map(is_url, names)):
         return shown == m.data.names
     return load_corpus(names, args.encoding, args.replace_errors).info.sha256 == m.data.sha256
 
 
 def cmd_run(args: argparse.Namespace) -> None:
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("torchrun: several processes can train but not chat; use the command train")
     asked = check_settings(training_settings(args))
     if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
         trains = asked.keys() - {"seed"} or args.data or args.restart or args.out != Path(MODEL)
         fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
         require(not trains, f"{args.words[0]}: a model is opened, not trained; {fix}")
         return cmd_chat(args)
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("torchrun: several processes can train but not chat; use the command train")
     out = args.out
     names = args.data + args.words
     is_done = out.exists() and not args.restart
@@ -4215,14 +4255,13 @@ def cmd_chat(args: argparse.Namespace) -> None:
 
 
 def cmd_generate(args: argparse.Namespace) -> None:
-    require(args.words, "give a prompt, the text to continue")
+    text, path = take_prompt(args, "prompt, the text to continue")
     cfg = sampling_settings(args)
-    text = args.words[0]
     if text == "-":  # the way to have line ends in a prompt on Windows
         text = without_line_end(sys.stdin.read())
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
-    model = load_model(take_model(args, args.words[1:]), args, one_text=n == 1)
+    model = load_model(path, args, one_text=n == 1)
     prompt = normalize_and_log(model, text)
     log_context(model, prompt)
     if n == 1:
@@ -4237,9 +4276,8 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_explain(args: argparse.Namespace) -> None:
-    require(args.words, "give a text to show")
-    text = args.words[0]
-    model = load_model(take_model(args, args.words[1:]), args)
+    text, path = take_prompt(args, "text to show")
+    model = load_model(path, args)
     if "tokens" not in (args.view or VIEWS):  # which says itself what is changed
         text = normalize_and_log(model, text)
     cfg = sampling_settings(args)
@@ -4307,15 +4345,14 @@ def cmd_info(args: argparse.Namespace) -> None:
 def cmd_export(args: argparse.Namespace) -> None:
     models = [word for word in args.words if word.endswith(SUFFIXES)]
     others = [word for word in args.words if word not in models]
-    gguf = args.gguf
-    if others and others[-1].lower().endswith(".gguf"):
-        require(not gguf, f"{printable(others[-1])}: there is a `gguf={gguf}` already; give one")
-        gguf = user_path(others.pop())
-    require(len(others) <= 1, f"unexpected argument '{printable(' '.join(others[1:]))}'")
-    folder = user_path(others[0]) if others else None
-    require(folder or gguf, "give a folder for transformers, `gguf=FILE`, or both")
+    ggufs = [args.gguf] if args.gguf else []
+    ggufs += [user_path(word) for word in others if word.lower().endswith(".gguf")]
+    folders = [user_path(word) for word in others if not word.lower().endswith(".gguf")]
+    for second in (*ggufs[1:], *folders[1:]):
+        raise UserError(f"unexpected argument '{printable(str(second))}'; give only one")
+    require(folders or ggufs, "give a folder for transformers, `gguf=FILE`, or both")
     model = load(take_model(args, models))
-    export(model, folder, gguf, args.license, args.f16, args.force)
+    export(model, *(folders or [None]), *(ggufs or [None]), args.license, args.f16, args.force)
 
 
 def cmd_push(args: argparse.Namespace) -> None:
@@ -4369,7 +4406,7 @@ def check_words(words: list[str]) -> None:
             raise UserError(f"'{word}': the command comes first, then the options")
         is_text = word in BUILT_IN or word == "-" or "." in word or os.path.exists(word)
         names = ", ".join(COMMANDS)
-        shown = public_name(word)
+        shown = missing_name(word)
         require(is_text, f"'{shown}' is neither a command ({names}) nor a text file")
 
 
@@ -4389,7 +4426,7 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
         argv = argv[:at]
     for word in argv:
         is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse reads -nothing as -n othing
-        require(not is_text, f"'{hide_secrets(word)}': options begin with --; {DASHES}")
+        require(not is_text, f"'{missing_name(word)}': options begin with --; {DASHES}")
     args = build_parser(name).parse_intermixed_args(argv)
     args.words += literal
     if not is_named:
@@ -4449,6 +4486,8 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: no traceback out of the shutdown
+    try:
+        status = main(sys.argv[1:])
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: no traceback of the shutdown
     sys.exit(status)

@@ -458,6 +458,7 @@ def test_keys(model, tmp_path):
         shown = screen(child.before)
         assert shown[: prompt.count("\n") + 1] == prompt.split("\n"), (keys, shown)
     cases = {"/sho\t\r": "repetition-penalty", "/set temp\t 0.5\r": "temperature 0.5"}
+    cases |= {"/rea\t\r": "usage: /read FILE", "/mod\t\r": "usage: /model FILE"}
     for keys, words in (cases | {"\x03": "quit or Ctrl-D"}).items():
         child.press(keys, words)
         child.expect("Prompt:")

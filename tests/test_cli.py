@@ -310,12 +310,30 @@ def test_secrets_of_an_address_in_the_wrong_place(model, cli, command):
     assert not os.path.exists("http:")
 
 
-@pytest.mark.parametrize("begin", ["//me:secret@h", "http//me:secret@h", "http;//me:secret@h", "h"])
-def test_secrets_of_a_mistyped_address(cli, begin):
+MISTYPED = "//me:secret@h", "http//me:secret@h", "http;//secret@h", "h", "https:me:secret@h"
+
+
+@pytest.mark.parametrize("begin", MISTYPED)
+@pytest.mark.parametrize("end", ["?id=1&token=hidden", "?hidden", "#token=hidden"])
+def test_secrets_of_a_mistyped_address(cli, begin, end):
     """Catches a password or query on the screen where an address does not begin like one."""
-    for command in ("train --data", "", "chat", "generate x"):
-        result = cli(*command.split(), f"{begin}/get.txt?id=1&token=hidden")
+    for command in ("train --data", "", "chat", "generate x", "train --out"):
+        result = cli(*command.split(), f"{begin}/get.txt{end}")
         assert result.status == 2 and not re.search("secret|hidden", result.err), result.err
+
+
+def test_names_of_files_like_addresses(model, cli):
+    """Catches a message that names another file than the one that is there."""
+    Path("run?v=1").mkdir()
+    shutil.move(model, "run?v=1/m@x.safetensors")
+    command = ["train", "prose.txt", *QUICK, "--out", "run?v=1/m@x.safetensors"]
+    assert cli(*command).is_error("--init run?v=1/m@x.safetensors --out FILE")
+
+
+def test_model_for_several_processes(model, cli, monkeypatch):
+    """Catches prompts of several ranks on one terminal."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli(model).is_error("torchrun", "train")
 
 
 def test_line_end_in_a_name(cli):
@@ -390,17 +408,23 @@ def test_command_after_the_options(model, cli):
     ("export --f16 hf", ["--gguf"]),
     ("push me/x --token hf_secret", ["--token"]),
     ("chat --model prose.txt", ["prose.txt", "not a complete model"]),
-    ("generate It was a", ["unexpected argument", "--data", "quote"]),
-    ("generate It was", ["was: no such file", "quotes"]),
+    ("generate It was a", ["unexpected argument 'was'", "quote"]),
+    ("explain It was", ["unexpected argument 'was'", "quote"]),
+    ("generate x no.safetensors", ["no.safetensors: no such file"]),
+    ("chat hello world", ["unexpected argument 'world'", "one model"]),
     ("chat model", ["model: no such file", ".safetensors"]),
+    ("info a.safetensors.checkpoint", ["a.safetensors.checkpoint: no such file; check the name\n"]),
     ("model.safetensors --data prose.txt", ["opened, not trained", "--init model.safetensors"]),
     ("model.safetensors --restart", ["opened, not trained", "--out FILE"]),
     ("run model.safetensors --n-layer 7", ["opened, not trained"]),
     ("train -n-layer 1", ["-n-layer", "options begin with --"]),
     ("train --encoding locale prose.txt", ["--encoding locale", "unknown"]),
     ("train --encoding undefined prose.txt", ["--encoding undefined", "unknown"]),
-    ("export a.gguf --gguf b.gguf", ["a.gguf", "b.gguf", "one"]),
-    ("export loop", ["loop"]),
+    ("export a.gguf --gguf b.gguf", ["unexpected argument 'a.gguf'", "one"]),
+    ("export a.gguf b.GGUF", ["unexpected argument 'b.GGUF'", "one"]),
+    ("export a b", ["unexpected argument 'b'", "one"]),
+    ("export a --gguf a", ["a: is not a folder"]),
+    ("export loop", ["loop: is not a folder"]),
     ("export --gguf loop", ["loop: is a link"]),
     ("export --gguf loop/x.gguf", ["loop"]),
     ("push model.safetensors", ["USER/NAME"]),

@@ -109,6 +109,9 @@ WRONG = [
     (dict(device="tpu"), "`device=tpu`: not found; choose .*cpu"),
     (dict(data="nowhere.txt", text=None), "`data=nowhere.txt`: no such file"),
     (dict(data="nowhere.txt"), "`data` and `text`"),
+    (dict(text=None, data=5), "`data=5`: must be the name of a text"),
+    (dict(text=None, data=b"a.txt"), "`data=b'a.txt'`: must be the name of a text"),
+    (dict(out=5), "`5`: must be the name of a file"),
     (dict(text=b"bytes"), "`text=b'bytes'`: must be a text"),
     (dict(text=Path("a.txt")), "`text=a.txt`: must be a text"),
     (dict(size=["small"]), "`size=.*must be one of"),
@@ -145,6 +148,19 @@ def test_what_is_no_text(tiny, settings, name):
     with pytest.raises(UserError, match=name) as error:
         model.generate(**settings)
     assert "must be a text" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_resumed_with_a_default(monkeypatch):
+    """Catches a resumed call that is refused since it names the default, None."""
+    settings = SMALL | dict(batch_size=None, dropout=None, muon_learning_rate=None)
+    train(text=TEXT, out="m.safetensors", should_stop=lambda: True, **settings)
+    assert train(text=TEXT, out="m.safetensors", **settings).metadata.step == SMALL["max_steps"]
+
+
+def test_surprise_of_a_wild_model(tiny):
+    """Catches an infinite surprise for a character that is not impossible."""
+    model = random_model(tiny, "wild.safetensors", CHARACTERS, scale=5.0)
+    assert np.isfinite(model.surprise("sherlock holmes")).all()
 
 
 def test_surprise_of_what_is_no_text(tiny):
