@@ -122,7 +122,7 @@ def option(default, help=None, low=None, high=None):
 
 
 def plain_value(value):
-    """A number of NumPy, as from np.arange, as one of Python; others as they are."""
+    """A NumPy scalar, as from np.arange, as a Python number; other values unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -267,7 +267,7 @@ def build_vocab(characters: Iterable[str]) -> str:
 
 
 def unify_newlines(text: str) -> str:
-    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is no text
+    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is no string
 
     U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
     """
@@ -744,8 +744,7 @@ def evaluate(network: GPT, ids: ndarray, dtype=torch.float32) -> tuple[float, in
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
-    rule = "the text to evaluate on has no known character after the first"
-    require(count, f"{rule}; take another text")
+    require(count, "the text to evaluate on has no known character to predict; take another")
     padding = (1 - len(ids)) % T  # so that whole windows remain; id 0 as a target does not count
     ids = np.pad(ids, (0, padding))
     inputs = ids[:-1].reshape(-1, T)  # (N, T)
@@ -799,7 +798,8 @@ class Trainer:
         self.train_ids, val_ids = split_ids(corpus.ids)
         T = config.block_size
         is_enough = len(self.train_ids) > 2 * T and len(val_ids) > 1
-        require(is_enough, f"{corpus.info}: too short a text for `block_size={T}`")
+        n = f"{corpus.info}: {len(corpus.ids):,} characters"
+        require(is_enough, f"{n} are too few for `block_size={T}`; take a longer text")
         self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type, dtype)
         # A tenth of the time goes to evaluation: a character takes a third of its time in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
@@ -1368,7 +1368,7 @@ class Model:
         logits = self.next_logits(ids[start:])[-1:]  # (1, V)
         if sampling:
             logits[:, 0] = -np.inf  # U+FFFD is never sampled
-            cfg = replace(cfg, temperature=max(cfg.temperature, 1e-6))  # 0 is a limit
+            cfg = replace(cfg, temperature=max(cfg.temperature, 1e-6))  # 0 as a limit
             logits = process_logits(logits, cfg, ids[None].astype("i8"))
         return softmax(logits)[0]
 
@@ -1865,7 +1865,7 @@ def user_path(name: str | Path) -> Path:
 
     raises: UserError if there is no home folder, or for an address
     """
-    require(isinstance(name, (str, Path)), f"`{name}`: must be the name of a file")
+    require(isinstance(name, (str, os.PathLike)), f"`{name}`: must be the name of a file")
     is_local = not re.match(URL, str(name))
     fix = "must be on this computer; choose another name"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
@@ -1986,10 +1986,10 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     if not path.exists():
         shown = missing_name(path)
         fix = "check the name"
-        if not shown.endswith(SUFFIXES):
+        if not path.name.endswith(SUFFIXES):
             fix += "; a model file ends in .safetensors"
-        if shown.endswith(".safetensors"):
-            fix += f", or train it with: python anexagpt.py train --out {shown}"
+        elif path.suffix == ".safetensors" and shown == str(path):
+            fix += f", or train it with: python anexagpt.py train --out {path}"
         unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
         if unfinished.is_file():
             fix += f", or use its checkpoint, {unfinished}"
@@ -2128,9 +2128,11 @@ def hide_secrets(text: str) -> str:
 
 
 def missing_name(name: str | Path) -> str:
-    """A name that no file has, to be shown: it may be an address that begins in another way."""
-    name = re.sub(r"[^/\\\s]*@", "", public_name(str(name)))  # user and password
-    return printable(re.sub(r"(?s)([?#]).*", r"\1...", name))
+    """A name that no file has, to be shown: it may be an address that is mistyped."""
+    name = public_name(str(name))
+    if re.match(r"(?i)//|\W*https?\b|[^/]*:[^/]*@", name):
+        name = re.sub(r"[^/\\]*@|#.*", "", name)  # user, password, fragment
+    return printable(re.sub(r"(?s)(\?).*|(#).*=.*", r"\1\2...", name))
 
 
 def sha256_of(path: Path) -> str:
@@ -2227,13 +2229,14 @@ def fetch(url: str, path: Path, ending: str) -> None:
         response = session.get(url, stream=True, timeout=TIMEOUT, headers=headers)
     except requests.RequestException:
         raise
-    except OSError as error:  # of a certificate file that is not there
-        raise UserError(f"{first_line(error)}; correct REQUESTS_CA_BUNDLE, or unset it") from None
+    except OSError as error:  # requests has no error for a certificate file that is missing
+        fix = "correct REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, or unset them"
+        raise UserError(f"{first_line(error)}; {fix}") from None
     require(response.status_code == 200, f"HTTP status {response.status_code}")
     coding = response.headers.get("Content-Encoding", "").lower()
     is_compressed = re.search(r"\b(gzip|deflate|compress|br|zstd)\b", coding)
     fix = "download it by hand, and unpack it"
-    require(not is_compressed, f"it comes compressed ({printable(coding)[:20]}); {fix}")
+    require(not is_compressed, f"the server sent it compressed ({coding[:20]}); {fix}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
     bar = rich.progress.Progress(
@@ -2260,7 +2263,7 @@ def download_error(error: Exception) -> str:
         return f"the proxy failed; correct {variables}, or unset them"
     malformed = requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL
     if isinstance(error, (*malformed, urllib3.exceptions.LocationParseError)):
-        return f"the address, or that of a proxy in {variables}, is of no known kind"
+        return f"the address, or that of a proxy in {variables}, is malformed or not supported"
     return f"the connection failed ({type(error).__name__})"
 
 
@@ -2503,7 +2506,7 @@ def store_ids(pieces: Iterable[ndarray], dtype: np.dtype, folder: str | None) ->
     except OSError as error:
         if error.filename:  # a text that cannot be read
             raise
-        reason = f"no room for the ids of the text ({save_error(error)})"
+        reason = f"the ids of the text cannot be stored ({save_error(error)})"
         place = folder or tempfile.gettempdir()
         raise UserError(f"{place}: {reason}; make room, or choose another folder") from None
 
@@ -2874,16 +2877,17 @@ def check_settings(settings: dict) -> dict:
         cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
         cls.check(name, value, **cls.__dataclass_fields__[name].metadata)
     if size is not None:
-        require(str(size) in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
+        size = str(size)
+        require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
         settings = SIZES[size] | settings
-    return settings
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def config_diff(asked: dict, saved: dict, *free: str) -> str:
     """Settings that ask for something else than those `saved`; "" if none."""
     differing = []
     for name, value in asked.items():
-        is_free = value is None or name in FREE_SETTINGS or name in free
+        is_free = name in FREE_SETTINGS or name in free
         if name in saved and not is_free and value != saved[name]:
             differing.append(f"`{name}={saved[name]}`, not {value}")
     return ", ".join(differing)
@@ -2929,7 +2933,8 @@ class RunFiles:
             unfinished = read_file(path, fix)
             require(unfinished.is_checkpoint, f"{path}: is a model, not a checkpoint; {fix}")
         if restart:
-            is_apart = "init" not in asked or real_path(user_path(asked["init"])) != real_path(path)
+            init = user_path(asked.get("init", ""))
+            is_apart = not (path.exists() and init.exists() and path.samefile(init))
             require(is_apart, f"`init={path}`: `restart` would discard it; choose another `out`")
             return None
         if out.exists():
@@ -2990,10 +2995,12 @@ def saved_names(metadata: Metadata) -> list[str]:
     """Names of the texts in the metadata of an untrusted file.  raises: UserError"""
     for name in metadata.data.names:
         is_remote = is_url(name) or re.match(r"[\\/]{2}", name)  # \\PC\FILE is a network path
+        missing = f"the text of the model, {printable(name)}, is not here; name it with `data`"
+        require(not is_remote, missing)
         path = os.path.expanduser(name)
-        is_here = name in BUILT_IN or os.path.exists(path) or glob.glob(path)
-        missing = f"the text of the model, {printable(name)}, is not here"
-        require(is_here and not is_remote, f"{missing}; name it with `data`")
+        is_pattern = glob.has_magic(path) and not glob.has_magic(os.path.dirname(path))
+        is_here = name in BUILT_IN or os.path.exists(path) or (is_pattern and glob.glob(path))
+        require(is_here, missing)
     return metadata.data.names
 
 
@@ -3161,10 +3168,10 @@ def log_run(t: Trainer) -> None:
 
 
 def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
-    """raises: UserError"""
+    """Names of texts as a list.  raises: UserError"""
     if data is None:
         return []
-    if isinstance(data, (str, Path)):
+    if isinstance(data, (str, os.PathLike)):
         return [str(data)]
     is_several = isinstance(data, Iterable) and not isinstance(data, bytes)
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
@@ -3333,7 +3340,7 @@ def change_notice(changes: dict[str, str]) -> str:
 
 def normalize_and_log(model: Model, text: str) -> str:
     """`text` in known characters; says what was changed.  raises: UserError if none is known"""
-    model.prompt_ids(text)
+    model.prompt_ids(text)  # an error if none is known
     text, changes = model.tokenizer.normalize_prompt(text)
     if changes:
         log(f"({change_notice(changes)})")
@@ -3694,7 +3701,8 @@ def complete_line(event: prompt_toolkit.key_binding.KeyPressEvent) -> None:
         names = [printable(choice.display_text) for choice in found[:100]]
         if len(found) > len(names):
             names.append(f"and {len(found) - len(names):,} more")
-        run_in_terminal(lambda: plain_console().print(Columns(names, column_first=True)))
+        table = Columns(names, column_first=True)
+        run_in_terminal(lambda: plain_console(stderr=False).print(table))
 
 
 def prompt_reader() -> Callable[[], str]:
@@ -4219,7 +4227,12 @@ def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
     shown = [public_name(name) for name in names]
     if shown != m.data.names or not any(map(is_url, names)):
         return shown == m.data.names
-    return load_corpus(names, args.encoding, args.replace_errors).info.sha256 == m.data.sha256
+    try:
+        corpus = load_corpus(names, args.encoding, args.replace_errors)
+    except UserError as error:  # without a network the model can still be opened
+        log(f"NOTE: {as_options(str(error))}")
+        return True
+    return corpus.info.sha256 == m.data.sha256
 
 
 def cmd_run(args: argparse.Namespace) -> None:
@@ -4278,7 +4291,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
 def cmd_explain(args: argparse.Namespace) -> None:
     text, path = take_prompt(args, "text to show")
     model = load_model(path, args)
-    if "tokens" not in (args.view or VIEWS):  # which says itself what is changed
+    if "tokens" not in (args.view or VIEWS):  # view_tokens reports the changes
         text = normalize_and_log(model, text)
     cfg = sampling_settings(args)
     console = plain_console(stderr=False)
@@ -4348,19 +4361,22 @@ def cmd_export(args: argparse.Namespace) -> None:
     ggufs = [args.gguf] if args.gguf else []
     ggufs += [user_path(word) for word in others if word.lower().endswith(".gguf")]
     folders = [user_path(word) for word in others if not word.lower().endswith(".gguf")]
-    for second in (*ggufs[1:], *folders[1:]):
-        raise UserError(f"unexpected argument '{printable(str(second))}'; give only one")
+    for path in (*ggufs[1:], *folders[1:]):
+        raise UserError(f"unexpected argument '{missing_name(path)}'; give only one")
     require(folders or ggufs, "give a folder for transformers, `gguf=FILE`, or both")
+    folder = folders[0] if folders else None
+    gguf = ggufs[0] if ggufs else None
     model = load(take_model(args, models))
-    export(model, *(folders or [None]), *(ggufs or [None]), args.license, args.f16, args.force)
+    export(model, folder, gguf, args.license, args.f16, args.force)
 
 
 def cmd_push(args: argparse.Namespace) -> None:
     models = [word for word in args.words if word.endswith(SUFFIXES)]
     names = [word for word in args.words if word not in models]
-    require(len(names) == 1, "give one name for the model on the Hub, as USER/NAME")
+    fix = "the file of the model ends in .safetensors"
+    require(len(names) == 1, f"give one name for the model on the Hub, as USER/NAME; {fix}")
     model = load(take_model(args, models))
-    print(push(model, *names, args.license, args.private))
+    print(push(model, names[0], args.license, args.private))
 
 
 class Command(NamedTuple):

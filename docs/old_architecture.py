@@ -529,7 +529,7 @@ def train(args):
     val_ids = ids[n_train:]
     enough = len(val_ids) > T
     require(enough, f"{name}: {len(text)} characters; --block-size {T} needs over {10 * T}")
-    fix = f"prompt it with --model {args.out}, or choose another --out"
+    fix = f"choose another --out; if it is a model, prompt it with --model {args.out}"
     require(not args.out.exists(), f"{args.out}: exists; {fix}")
     tempfile.TemporaryFile(dir=args.out.parent).close()  # fails now if saving would fail
     log(f"{name}: {len(text):,} characters, {config}")
@@ -759,8 +759,11 @@ def main(argv):
         return 0
     except BrokenPipeError:
         os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
-    except (OSError, OverflowError, ValueError) as error:  # rates may be absurd
+    except (OSError, ValueError) as error:
         log(f"{Path(__file__).name}: {error}")
+        return 2
+    except OverflowError:
+        log(f"{Path(__file__).name}: the run diverged; lower --learning-rate")
         return 2
     except KeyboardInterrupt:
         log()

@@ -597,6 +597,11 @@ def test_undo_of_quick_changes(page, tiny):
     box.press_sequentially("\u2603")  # is dropped: no change
     page.click("#undo")
     assert box.input_value() == ""
+    box.press_sequentially("the cat")
+    box.press("Control+a")
+    box.press_sequentially("a")
+    box.press("Control+z")
+    assert box.input_value() == "the cat"
 
 
 def test_text_when_another_model_is_opened(page, tiny, tmp_path):

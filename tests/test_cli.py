@@ -328,6 +328,8 @@ def test_names_of_files_like_addresses(model, cli):
     shutil.move(model, "run?v=1/m@x.safetensors")
     command = ["train", "prose.txt", *QUICK, "--out", "run?v=1/m@x.safetensors"]
     assert cli(*command).is_error("--init run?v=1/m@x.safetensors --out FILE")
+    for name in ("me@example.com/m.safetensors", "C#/m.safetensors"):
+        assert cli("info", name).is_error(f"{name}: no such file", f"train --out {name}")
 
 
 def test_model_for_several_processes(model, cli, monkeypatch):

@@ -152,9 +152,12 @@ def test_what_is_no_text(tiny, settings, name):
 
 def test_resumed_with_a_default(monkeypatch):
     """Catches a resumed call that is refused since it names the default, None."""
-    settings = SMALL | dict(batch_size=None, dropout=None, muon_learning_rate=None)
-    train(text=TEXT, out="m.safetensors", should_stop=lambda: True, **settings)
-    assert train(text=TEXT, out="m.safetensors", **settings).metadata.step == SMALL["max_steps"]
+    first = SMALL | dict(batch_size=3, dropout=0.3)
+    train(text=TEXT, out="m.safetensors", should_stop=lambda: True, **first)
+    defaults = dict(batch_size=None, dropout=None, muon_learning_rate=None, init=None)
+    m = train(text=TEXT, out="m.safetensors", **SMALL | defaults).metadata
+    assert (m.step, m.training["batch_size"], m.training["dropout"]) == (24, 3, 0.3)
+    train(text=TEXT, out="m.safetensors", restart=True, **SMALL | defaults)
 
 
 def test_surprise_of_a_wild_model(tiny):
@@ -184,7 +187,7 @@ def test_numbers_of_numpy(tiny):
 def test_a_trainer_without_enough_text():
     """Catches a division by zero for a text that train() would refuse."""
     for text in ("", "short", "a" * 40):
-        with pytest.raises(UserError, match="too short"):
+        with pytest.raises(UserError, match="too few"):
             anexagpt.Trainer(
                 anexagpt.Corpus.from_text(text),
                 anexagpt.GPTConfig(block_size=32),

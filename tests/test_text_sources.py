@@ -490,7 +490,7 @@ def test_no_room_for_a_long_text(cli, monkeypatch):
     monkeypatch.setattr(anexagpt.tempfile, "TemporaryFile", lambda dir: full)
     monkeypatch.setattr(anexagpt, "LONG_TEXT", 1)
     Path("a.txt").write_text(prose(9_000))
-    assert cli("train", "a.txt", *SMALL).is_error("no room for the ids", "make room")
+    assert cli("train", "a.txt", *SMALL).is_error("ids of the text cannot be stored", "make room")
 
 
 def test_secrets_of_an_address(cli, server):
