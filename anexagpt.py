@@ -266,13 +266,18 @@ def build_vocab(characters: Iterable[str]) -> str:
     return UNKNOWN + "".join(sorted({*characters} - {UNKNOWN}))
 
 
+def require_text(name: str, value) -> None:
+    """raises: UserError unless it is a string"""
+    if not isinstance(value, str):
+        raise UserError(f"`{name}={printable(str(value)[:40])}`: must be a text, as 'It was'")
+
+
 def unify_newlines(text: str) -> str:
     r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is no string
 
     U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
     """
-    if not isinstance(text, str):
-        raise UserError(f"`text={printable(str(text)[:40])}`: must be a text")
+    require_text("text", text)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -1070,6 +1075,12 @@ def softmax(logits: ndarray) -> ndarray:
     return exp / exp.sum(-1, keepdims=True)
 
 
+def log_softmax(logits: ndarray) -> ndarray:
+    """Logarithms of the probabilities (..., V), finite where softmax would give 0."""
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
     """Whether an id would complete an n-gram that its text already has: bool (B, V)."""
     B, N = texts.shape
@@ -1319,8 +1330,7 @@ class Model:
 
         raises: UserError if no character of a prompt is known
         """
-        if not isinstance(prompt, str):
-            raise UserError(f"`prompt={printable(str(prompt)[:40])}`: must be a text, as 'It was'")
+        require_text("prompt", prompt)
         known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
         if prompt:
             require(known, f"'{printable(prompt[:40])}': the model knows none of these characters")
@@ -1386,11 +1396,10 @@ class Model:
         while position < len(ids):
             start = context_start(position, T)
             end = min(start + T + 1, len(ids))
-            logits = self.next_logits(ids[start : end - 1])  # (end - 1 - start, V)
+            log_probs = log_softmax(self.next_logits(ids[start : end - 1]))  # (end - 1 - start, V)
             predicted = ids[position:end]
-            logits = logits[position - start - 1 :]  # of the characters from `position` on
-            logits -= logits.max(-1, keepdims=True)
-            nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(predicted)), predicted]
+            log_probs = log_probs[position - start - 1 :]  # of the characters from `position` on
+            nats = -log_probs[np.arange(len(predicted)), predicted]
             parts.append(nats / math.log(2))
             position = end
         return np.concatenate([np.zeros(0, "f4"), *parts])
@@ -2324,8 +2333,8 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(sys.stdin.buffer.read(), encoding)]
     if name in BUILT_IN or is_url(name):
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
-    known = "only http:// and https:// addresses can be downloaded"
-    require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {known}")
+    rule = "only http:// and https:// addresses can be downloaded"
+    require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
     path = user_path(name or "?")  # Path("") is the current folder
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
@@ -4361,8 +4370,8 @@ def cmd_export(args: argparse.Namespace) -> None:
     ggufs = [args.gguf] if args.gguf else []
     ggufs += [user_path(word) for word in others if word.lower().endswith(".gguf")]
     folders = [user_path(word) for word in others if not word.lower().endswith(".gguf")]
-    for path in (*ggufs[1:], *folders[1:]):
-        raise UserError(f"unexpected argument '{missing_name(path)}'; give only one")
+    if extra := [*ggufs[1:], *folders[1:]]:
+        raise UserError(f"unexpected argument '{missing_name(extra[0])}'; give only one")
     require(folders or ggufs, "give a folder for transformers, `gguf=FILE`, or both")
     folder = folders[0] if folders else None
     gguf = ggufs[0] if ggufs else None
