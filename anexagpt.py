@@ -2264,7 +2264,7 @@ def fetch(url: str, path: Path, ending: str) -> None:
 
 def download_error(error: Exception) -> str:
     """What to say of a failed download; the text of the error has the URL, which may be secret."""
-    if isinstance(error, requests.exceptions.SSLError):
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
     variables = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"

@@ -424,9 +424,12 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
     port = server.address.rpartition(":")[2]
     for error, words in (
         (
-            anexagpt.requests.exceptions.SSLError("self-signed https://me:secret@x"),
+            anexagpt.requests.exceptions.SSLError(
+                "[SSL: CERTIFICATE_VERIFY_FAILED] https://me:secret@x"
+            ),
             "REQUESTS_CA_BUNDLE",
         ),
+        (anexagpt.requests.exceptions.SSLError("[SSL: WRONG_VERSION_NUMBER]"), "connection failed"),
         (anexagpt.requests.exceptions.ProxyError("https://me:secret@x"), "HTTPS_PROXY"),
         (anexagpt.requests.exceptions.InvalidSchema("socks5://me:secret@x"), "ALL_PROXY"),
         (anexagpt.requests.exceptions.InvalidURL("http://me:secret@x:y"), "ALL_PROXY"),
