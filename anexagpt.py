@@ -203,7 +203,9 @@ class TrainConfig(Config):
     muon_learning_rate: float | None = option(
         None, "peak rate of Muon: matrices of the blocks (default: by the batch)", 0.0, 10.0
     )
-    learning_rate: float = option(6e-3, "peak rate of AdamW: all other weights", 0.0, 10.0)
+    learning_rate: float | None = option(
+        None, "peak rate of AdamW: all other weights (default: by the channels)", 0.0, 10.0
+    )
     weight_decay: float = option(0.1, "of Muon's matrices, times their rate", 0.0, 10.0)
     warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
     dropout: float | None = option(None, "dropout rate (default: depends on the epochs)", 0.0, 0.9)
@@ -215,13 +217,13 @@ class TrainConfig(Config):
 
 
 def resolve(
-    cfg: TrainConfig, n_chars: int, block_size: int, device: str, dtype: torch.dtype
+    cfg: TrainConfig, config: GPTConfig, n_chars: int, device: str, dtype: torch.dtype
 ) -> TrainConfig:
     """`cfg` with a value for each None.
 
-    These values depend on the length of the run, the device ("cpu", "cuda", "mps"), the number
-    format of the matrix products and the number of characters to train on. They are decided once,
-    when the run begins, and are part of it.
+    These values depend on the network, the length of the run, the number of characters to train
+    on, the device ("cpu", "cuda", "mps") and the number format of the matrix products. They are
+    decided once, when the run begins, and are part of it.
     """
     batch_size = cfg.batch_size
     if batch_size is None:
@@ -236,7 +238,12 @@ def resolve(
         # The fewer windows, the noisier the gradient. Square root: Malladi et al. 2022, "On the
         # SDEs and Scaling Rules for Adaptive Gradient Algorithms".
         muon_learning_rate = round(0.02 * min(1.0, batch_size / 6) ** 0.5, 4)
-    epochs = cfg.max_steps * batch_size * block_size / n_chars
+    learning_rate = cfg.learning_rate
+    if learning_rate is None:
+        # A step changes every number of a vector. A product of two vectors adds these changes up:
+        # the more channels, the more it changes.
+        learning_rate = round(6e-3 * min(1.0, 128 / config.n_embd) ** 0.5, 4)
+    epochs = cfg.max_steps * batch_size * config.block_size / n_chars
     dropout = cfg.dropout
     if dropout is None:  # the more often a text is repeated, the sooner it is memorized
         dropout = 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
@@ -249,6 +256,7 @@ def resolve(
         cfg,
         batch_size=batch_size,
         muon_learning_rate=muon_learning_rate,
+        learning_rate=learning_rate,
         dropout=dropout,
         logit_scale=logit_scale,
     )
@@ -805,8 +813,8 @@ class Trainer:
         is_enough = len(self.train_ids) > 2 * T and len(val_ids) > 1
         n = f"{corpus.info}: {len(corpus.ids):,} characters"
         require(is_enough, f"{n} are too few for `block_size={T}`; take a longer text")
-        self.cfg = cfg = resolve(cfg, len(self.train_ids), T, self.device.type, dtype)
-        # A tenth of the time goes to evaluation: a character takes a third of its time in training.
+        self.cfg = cfg = resolve(cfg, config, len(self.train_ids), self.device.type, dtype)
+        # About a tenth of the time: a character costs a third of what it costs in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
         self.val_ids = val_ids[:n_val]
 

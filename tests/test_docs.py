@@ -489,13 +489,14 @@ SOURCES = {
         "1.5 40 671 37 14.8 2.788 32 15.5": "the reports that the table links",
     },
     "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
-    "export": {"16 0.8 0.9": "Ollama's defaults; half precision"},
+    "export": {"16 0.8 0.9 1.1": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
     "idea": {"4.2 1.4 1.5": "a ratio that the block computes, its logarithm; a suggestion"},
     "journey": {"5.9": "test_journey_is_true"},
     "new_architecture": {
         "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
         "0.0005 0.02 27 1.443 1.3 3.7 1.9 1.5": "GELU; GPT-2; the example of 1.3 nats",
+        "20,000": "Trainer",
     },
     "old_architecture": {
         "1.3 3.11 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py; Python 3.11"
@@ -518,7 +519,8 @@ def test_every_figure_is_known():
     figures = json.loads((ROOT / "docs/pictures/figures.json").read_text(encoding="utf-8"))
     config, cfg = GPTConfig(vocab_size=82), TrainConfig()
     known = {f"{value:,}" for value in (81, config.block_size, cfg.max_steps, 1_000)}
-    known |= {f"{anexagpt.SampleConfig().temperature}", "0.8", "0.02"}
+    cfg = anexagpt.resolve(cfg, config, 500_000, "cpu", torch.bfloat16)
+    known |= {f"{anexagpt.SampleConfig().temperature}", "0.8", "0.02", f"{cfg.learning_rate}"}
     for size, digits in (("medium", 1), ("large", 0)):
         n = GPTConfig(vocab_size=82, **anexagpt.SIZES[size]).n_parameters()
         known.add(f"{n / 1e6:.{digits}f}")

@@ -330,12 +330,27 @@ def test_default_batch_size_and_rate(device, dtype, batch_size):
     """Catches a default that an ordinary processor takes too long for, and a rate of Muon that
     does not fall with the square root of fewer windows than six, or that replaces one given."""
     for asked, expected in ((None, batch_size), (9, 9), (3, 3)):
-        cfg = resolve(TrainConfig(batch_size=asked), 500_000, 256, device, dtype)
+        cfg = resolve(TrainConfig(batch_size=asked), GPTConfig(), 500_000, device, dtype)
         assert cfg.batch_size == expected
         rate = {3: 0.0141, 5: 0.0183}.get(expected, 0.02)
         assert cfg.muon_learning_rate == rate
     given = TrainConfig(batch_size=3, muon_learning_rate=0.5)
-    assert resolve(given, 500_000, 256, device, dtype).muon_learning_rate == 0.5
+    assert resolve(given, GPTConfig(), 500_000, device, dtype).muon_learning_rate == 0.5
+
+
+def test_default_rate_of_adamw():
+    """Catches a rate that does not fall with the square root of the channels above 128, or that
+    replaces one given."""
+    for asked, channels, rate in (
+        (None, 16, 0.006),
+        (None, 128, 0.006),
+        (None, 384, 0.0035),
+        (None, 768, 0.0024),
+        (0.5, 768, 0.5),
+    ):
+        config = GPTConfig(n_head=1, n_embd=channels)
+        cfg = resolve(TrainConfig(learning_rate=asked), config, 500_000, "cpu", torch.float32)
+        assert cfg.learning_rate == rate
 
 
 def test_every_step_has_its_own_dropout(cli, text):
