@@ -32,7 +32,8 @@ The file reads from top to bottom. The first part is a complete GPT on its own:
 
 The second part connects it to the world:
 
-    fast paths    faster versions of four plain functions above; --plain switches them off
+    fast paths    faster versions of three plain functions above; --plain switches them off
+    distributed   several processes, each with its share of every batch: torchrun
     files         publishing a file safely; load(), for a file that may be foreign or broken
     text sources  built-in texts, files, folders, URLs
     terminal      messages, live progress, loss chart
@@ -212,7 +213,7 @@ class TrainConfig(Config):
     logit_scale: float | None = option(None, None, 0.1, 10.0)
     eval_interval: int = option(250, "steps between evaluations", 1, 100_000_000)
     checkpoint_interval: float = option(60.0, "minimum seconds between checkpoints", 0.0, 1e9)
-    seed: int = option(1337, "seed of first weights, data order, dropout", 0, 2**63 - 1)
+    seed: int = option(1337, "seed of initial weights, data order, dropout", 0, 2**63 - 1)
     init: str | None = option(None, "model file to fine-tune")
 
 
@@ -367,8 +368,9 @@ class Tokenizer:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Share of each key k (B, H, S, D) in the output of each query q (B, H, T, D): (B, H, T, S).
+    """Attention weights (B, H, T, S) of queries q (B, H, T, D) on keys k (B, H, S, D).
 
+    A weight is the share of the value at position s in the output for query t.
     The T queries are the last T of S positions, so query t is at position S - T + t. It may attend
     to a key at its own position or before: the mask is True where a key is later than the query.
     source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
@@ -491,7 +493,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """First weights. GPT-2's linear layers begin with 0.02; Muon's steps are larger."""
+        """Initial weights, wider than GPT-2's in linear layers, since Muon's steps are larger."""
         std = (2 * self.config.n_embd) ** -0.5
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
@@ -605,8 +607,8 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 # These polynomials a s + b s^3 + c s^5, one after the other, bring every s from 0.002 to 1 between
-# 0.63 and 1.37. Each keeps the largest distance from 1 as small as possible, over what the ones
-# before it leave and 2% more at both ends, for rounding: beyond, it would explode.
+# 0.63 and 1.37. Each minimizes the largest distance from 1 over the interval that those before it
+# leave, widened by 2% at both ends: a value that rounding moved outside would grow without limit.
 # source: Amsel et al. 2025, "The Polar Express", section 3
 POLYNOMIALS = (
     (8.2649, -23.5104, 16.7588),
@@ -671,7 +673,7 @@ class Muon:
             nesterov_grad = grad.lerp_(momentum, self.beta)  # (N, rows, columns)
             update = newton_schulz(nesterov_grad.to(self.dtype))
             lengths = [len(weight) for weight in weights]
-            parts = update.float().flatten(0, 1).split(lengths)  # one (rows, columns) per weight
+            parts = update.float().flatten(0, 1).split(lengths)  # one per weight, of its shape
             for weight, part in zip(weights, parts, strict=True):
                 weight.mul_(decay).addcmul_(part, minus_lr)
 
@@ -699,12 +701,12 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, name: str = "text") -> Corpus:
-        """raises: UserError for half a character, as of text decoded with surrogateescape"""
+        """raises: UserError for a lone surrogate, as in text decoded with surrogateescape"""
         text = unify_newlines(text)
         try:
             sha256 = hashlib.sha256(text.encode()).hexdigest()
         except UnicodeEncodeError as error:
-            found = f"{spell_out(text[error.start])} at {error.start:,} is half a character"
+            found = f"{spell_out(text[error.start])} at {error.start:,} is a lone surrogate"
             fix = "decode the text with its real encoding, or errors='replace'"
             raise UserError(f"`{name}`: {found}; {fix}") from None
         tokenizer = Tokenizer(build_vocab(text))
@@ -820,7 +822,7 @@ class Trainer:
 
         torch.default_generator.manual_seed(cfg.seed)  # of the CPU, where the weights are drawn
         config = replace(config, vocab_size=len(corpus.tokenizer), dropout=cfg.dropout)
-        self.network = self.make_network(config).to(self.device)
+        self.network = GPT(config).to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()  # see ema_rate
         self.init_optimizers()
 
@@ -838,9 +840,6 @@ class Trainer:
         self.ema_rate = torch.zeros((), device=self.device)
         self.step_loss = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
-
-    def make_network(self, config: GPTConfig) -> GPT:
-        return GPT(config)
 
     def init_optimizers(self) -> None:
         matrices = {}
@@ -940,7 +939,7 @@ class Trainer:
         validation_loss = self.validate()
         self.check_divergence(training_loss, validation_loss)
         self.loss_sum.zero_()
-        if self.steps_done:  # the first weights of a fine-tuning have no training loss
+        if self.steps_done:  # the initial weights of a fine-tuning run have no training loss
             row = Evaluation(self.steps_done, round(training_loss, 6), round(validation_loss, 6))
             self.history.append(row)
         if len(self.history) > 10_000:  # the header of a file has its limits
@@ -972,7 +971,7 @@ class Trainer:
 
         raises: Diverged
         """
-        # A fine-tuning begins with its first weights as the best, so it never ends worse.
+        # A fine-tuning run counts its initial weights as the best, so it never ends worse.
         if self.steps_done == 0 and self.cfg.init:
             self.evaluate()
         while self.steps_done < self.cfg.max_steps:
@@ -1025,7 +1024,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-        """Continue from a checkpoint.  raises: UserError if it has other tensors"""
+        """Continue from a checkpoint.  raises: UserError if one is missing or has another shape"""
         self.steps_done = metadata.step
         self.history = list(metadata.history)
         if metadata.validation_loss is not None:
@@ -1048,7 +1047,7 @@ def weights_are_sane(network: GPT) -> bool:
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """How the next character is drawn. By default top-k, top-p and min-p are off.
+    """How the next character is drawn. By default all but the temperature is off.
 
     A new setting is a field here, its code in process_logits, and a name in PROCESSORS.
     """
@@ -1074,7 +1073,7 @@ PROCESSORS = (
     "top_p",
     "min_p",
 )
-MAX_TEXT = 10_000  # characters that the two settings against repetition look back
+MAX_TEXT = 10_000  # how many characters back the two settings against repetition look
 
 
 def softmax(logits: ndarray) -> ndarray:
@@ -1163,7 +1162,8 @@ def sample(logits: ndarray, cfg: SampleConfig, rngs: list, texts: ndarray) -> nd
 def context_start(n: int, block_size: int) -> int:
     """Where the context of a text of `n` characters begins.
 
-    Positions are absolute: a full context cannot slide by one, but moves by half of its length.
+    Position embeddings are absolute: if a full context slid by one, every key and value in the
+    KV cache would be wrong. So it moves by half of its length.
     """
     half = block_size // 2
     n_moves = math.ceil((n - block_size) / half)
@@ -1200,7 +1200,8 @@ def generate_ids(
     network: GPT, prompt: ndarray, cfg: SampleConfig, rngs: list, decode=decode
 ) -> Iterator[ndarray]:
     """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
-    B, T = len(rngs), network.config.block_size
+    B = len(rngs)
+    T = network.config.block_size
     texts = prompt[None].repeat(B, axis=0).astype("i8")  # (B, N)
     context = prompt[None, context_start(len(prompt), T) :]  # (1, S): the B prompts are equal
     cache = KVCache(network, 1)
@@ -1391,7 +1392,7 @@ class Model:
         return softmax(logits)[0]
 
     def surprise(self, text: str, prompt: str = "") -> ndarray:
-        """-log2 p in bits of each character of `text` (N,), which follows `prompt`.
+        """Surprisal, -log2 p in bits, of each character of `text` (N,), which follows `prompt`.
 
         An empty prompt stands for a line end. Each character is predicted from the context that it
         has when the model writes it. A character that the vocabulary lacks has that of U+FFFD.
@@ -1414,7 +1415,7 @@ class Model:
 
     @torch.no_grad()
     def attention(self, text: str) -> ndarray:
-        """Attention weights (L, H, T, T) within the last T characters of `text` that fit.
+        """Attention weights (L, H, T, T) within the context at the end of `text`, T characters.
 
         [layer, head, t, s] is the share of character s in what character t gathers.
         """
@@ -1438,7 +1439,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path) -> Model:
-        """The model in a file of our own; anexagpt.load() takes foreign and broken files, too."""
+        """The model in a file that save() wrote; anexagpt.load() takes others, and checks them."""
         with safetensors.safe_open(path, "pt") as file:
             metadata = Metadata.from_header(file.metadata())
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -1536,20 +1537,27 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
 
 
-def use_fast_attention(network: GPT, dtype: torch.dtype) -> None:
-    """Replace `attention` in `network`, unless it computes something else."""
+def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
+    """Replace `attention` in `network`, unless it computes something else; False if it does."""
     config = network.config
+    H = min(4, config.n_head)
     D = config.n_embd // config.n_head
     random = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, config.n_head, 8, D, generator=random).to(network.device)
-    expected = attention(q, k, v)
-    result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
-    if not torch.allclose(result, expected, atol=tolerance, rtol=tolerance):
-        return log("NOTE: attention() was changed, so its fast version is not used.")
+    for T in (8, min(1_024, config.block_size)):  # a local attention differs where it is long
+        q, k, v = torch.randn(3, 1, H, T, D, generator=random).to(network.device)
+        expected = attention(q, k, v)
+        result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+        if not torch.allclose(result, expected, atol=tolerance, rtol=tolerance):
+            note_once("attention() was changed, so its fast version is not used.")
+            return False
     for block in network.h:
         if block.attn.attend is attention:
             block.attn.attend = fast_attention
+    return True
+
+
+CHANGED = "the network was changed; using the plain version."
 
 
 class NumpyDecoder:
@@ -1563,7 +1571,8 @@ class NumpyDecoder:
 
     def __init__(self, network: GPT):
         self.network = network
-        self.is_equal = None  # to the plain function; not known before the first token
+        self.is_equal = True  # to the plain function
+        self.cache = None  # that of the text for which this was found
         with torch.no_grad():
             self.wte = (network.wte.weight - network.wte.weight.mean(1, keepdim=True)).numpy()
             self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
@@ -1592,16 +1601,19 @@ class NumpyDecoder:
         return c_attn, c_attn_bias, *self.center(attn.c_proj), *c_fc, *self.center(mlp.c_proj)
 
     def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
-        if len(ids) > 1 or self.is_equal is False or network is not self.network:
+        if len(ids) > 1 or network is not self.network:
             return decode(network, ids, cache)
-        if self.is_equal is None:
-            expected = decode(network, ids, cache)
-            cache.advance(-1)
+        if cache is not self.cache:  # a new text; since the last one the weights may have changed
+            self.cache = cache
             logits = self.decode(ids[0], cache)
+            cache.advance(-1)
+            expected = decode(network, ids, cache)  # last: its key and value stay in the cache
             self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
             if not self.is_equal:
-                log("NOTE: the network was changed; using the plain version.")
+                note_once(CHANGED)
             return expected
+        if not self.is_equal:
+            return decode(network, ids, cache)
         return self.decode(ids[0], cache)
 
     def decode(self, token: int, cache: KVCache) -> ndarray:
@@ -1627,6 +1639,10 @@ class NumpyDecoder:
 
 def inverse_rms(x: ndarray) -> float:
     return (x @ x / x.size + 1e-5) ** -0.5
+
+
+def has_weights_of_gpt2(network: GPT) -> bool:
+    return sum(p.numel() for p in network.parameters()) == network.config.n_parameters()
 
 
 class CudaGraph:
@@ -1664,6 +1680,9 @@ class CudaGraph:
             generator.graphsafe_set_state(generator.clone_state())
 
 
+# ---- distributed ---------------------------------------------------------------------------------
+
+
 class DistributedContext(NamedTuple):
     """Rank and world size of this process; (0, 1) without torchrun."""
 
@@ -1676,9 +1695,9 @@ class DistributedContext(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def any_rank(self, *flags: bool) -> list[bool]:
-        """Logical OR of each flag over all ranks."""
-        return self.all_reduce(torch.tensor(flags, dtype=torch.int)).bool().tolist()
+    def any_rank(self, flag: bool) -> bool:
+        """Logical OR of a flag over all ranks."""
+        return bool(self.all_reduce(torch.tensor(flag, dtype=torch.int)))
 
     def check_equal(self, text: str) -> None:
         """raises: UserError unless all ranks have the same text"""
@@ -1796,7 +1815,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 MODEL = "model.safetensors"
 CHECKPOINT_SUFFIX = ".checkpoint"
 MAX_HEADER = 8 << 20  # bytes
-MAX_NUMBER = 10**15  # no number in a header is larger
+MAX_NUMBER = 10**15  # of steps, losses and characters in a header
 
 
 @lru_cache
@@ -2066,9 +2085,14 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
 
 def use_fast_paths(model: Model) -> None:
     """Generation with the fast versions of `decode` and `attention`."""
-    use_fast_attention(model.network, torch.float32)
-    if model.network.device.type == "cpu":
-        model.decode = NumpyDecoder(model.network)
+    network = model.network
+    is_plain_attention = use_fast_attention(network, torch.float32)
+    if network.device.type != "cpu":
+        return
+    if is_plain_attention and has_weights_of_gpt2(network):
+        model.decode = NumpyDecoder(network)
+    else:
+        note_once(CHANGED)
 
 
 # ---- text sources --------------------------------------------------------------------------------
@@ -2684,7 +2708,7 @@ class ProgressDisplay:
         return seconds / max(1, self.trainer.steps_done - self.first_step)
 
     def metrics(self) -> tuple[str, float, str]:
-        """Step and losses, characters per second, speed and time left: within 60 columns."""
+        """Step and losses; characters per second; the same as text, with the time left."""
         t = self.trainer
         seconds_left = int((t.cfg.max_steps - t.steps_done) * self.seconds_per_step())
         left = str(timedelta(seconds=seconds_left)).removeprefix("0:")
@@ -2737,8 +2761,8 @@ class ProgressDisplay:
         """Report a finished run."""
         t = self.trainer
         lowest = min(row.validation_loss for row in t.history)
-        if t.best_loss < lowest - 1e-6:  # which is rounded
-            log("NOTE: training did not improve on the first weights, which are saved.")
+        if t.cfg.init and t.best_loss < lowest - 1e-6:  # which is rounded
+            log("NOTE: training did not improve on the initial weights, which are saved.")
         if self.is_shown:
             log(f"{loss_chart(t.history)}\n{model.metadata}.")
 
@@ -2762,23 +2786,24 @@ class ProgressDisplay:
             self.board.close()
 
 
-def loss_chart(history: list[Evaluation], width: int = 60, height: int = 12) -> str:
+def loss_chart(history: list[Evaluation]) -> str:
     """Training (o) and validation (x) loss over the steps as lines of text."""
+    width, height = 51, 12
     if len(history) < 2:
         return ""
     steps, *losses = np.array(history).T  # (N,) each
-    columns = np.rint(steps / steps[-1] * (width - 10)).astype(int)
+    columns = np.rint(steps / steps[-1] * (width - 1)).astype(int)
     later = [loss[steps >= steps[-1] / 10] for loss in losses]  # the first steps are far above
     ticks = np.linspace(np.max(later), np.min(losses), height)
-    grid = np.full((height, width - 9), " ")
+    grid = np.full((height, width), " ")
     for loss, mark in zip(losses, "ox", strict=True):
         rows = (ticks[0] - loss) / max(ticks[0] - ticks[-1], 1e-9) * (height - 1)
         grid[np.rint(rows.clip(min=0)).astype(int), columns] = mark
     lines = []
     for tick, row in zip(ticks, grid, strict=True):
         lines.append(f"{tick:7.3f} |{''.join(row).rstrip()}")
-    lines.append(f"{'':8}+{'-' * (width - 9)}")
-    lines.append(f"{'':9}0{f'step {history[-1].step:,}':>{width - 10}}")
+    lines.append(f"{'':8}+{'-' * width}")
+    lines.append(f"{'':9}0{f'step {history[-1].step:,}':>{width - 1}}")
     lines.append(f"{'':9}loss in nats/char: o training, x validation")
     return "\n".join(lines)
 
@@ -2840,7 +2865,7 @@ SIZES = {  # 0.8 M, 10.8 M and 86 M parameters
     "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
     "large": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
 }
-FREE_SETTINGS = ("device", "dtype", "grad_accum", "checkpoint_interval")  # of a resumed run
+FREE_SETTINGS = ("grad_accum", "checkpoint_interval")  # may differ from those of a saved run
 
 
 def optional(module: str):
@@ -2866,7 +2891,7 @@ def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch
     usable = ["cpu"]
     if torch.backends.mps.is_available():
         usable.insert(0, "mps")
-    if torch.cuda.is_available() and (device == "cuda" or has_working_cuda()):
+    if torch.cuda.is_available() and (device != "auto" or has_working_cuda()):
         usable.insert(0, "cuda")
     if device == "auto":
         device = usable[0]
@@ -3070,7 +3095,7 @@ def make_plan(asked: dict, unfinished: SavedFile | None) -> Plan:
         shape = asdict(init.metadata.config)
         if diff := config_diff(asked, shape, "dropout"):
             raise UserError(f"`init={asked['init']}`: is a model with {diff}; drop these options")
-    config = GPTConfig.pick(shape | asked | {"dropout": 0.0})  # a Trainer decides on dropout
+    config = GPTConfig.pick(shape | asked)
     cfg = TrainConfig.pick(training | asked)
     step = unfinished.metadata.step if unfinished else 0
     fix = f"step {step:,} is done; choose more"
@@ -3107,7 +3132,8 @@ def make_trainer(
 def training_lock(out: Path) -> Iterator[None]:
     """One training run per output file; the lock ends with the process.  raises: UserError"""
     # The file stays: if it went, a second process could lock another one of its name.
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0, mode=0o666)
+    path = out.with_name(f".{out.name}.lock")
+    lock = filelock.FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
     wait = "wait, or choose another folder"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -3116,9 +3142,8 @@ def training_lock(out: Path) -> Iterator[None]:
         is_taken = os.path.exists(lock.lock_file)  # else it could not be created
         reason = "another process trains it" if is_taken else "cannot be written"
         raise UserError(f"`out={out}`: {reason}; {wait}") from None
-    except (OSError, NotImplementedError) as error:  # the latter is filelock's
-        number = getattr(error, "errno", errno.ENOSYS)
-        if number not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             reason = error.strerror or "no file can be created there"
             raise UserError(f"`out={out}`: cannot be written ({reason}); {wait}") from None
         note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
@@ -3130,7 +3155,7 @@ def training_lock(out: Path) -> Iterator[None]:
 
 @contextmanager
 def training_state(device: torch.device) -> Iterator[None]:
-    """Puts back what a run changes in the process: random state, environment, malloc's settings."""
+    """Faster malloc for a run; then its limits, random state and environment as before."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     names_before = set(os.environ)  # PyTorch adds a folder of its compiler
     with torch.random.fork_rng(devices), ExitStack() as stack:
@@ -3226,7 +3251,8 @@ def train(
     data: names of texts, files, folders or URLs, as for --data; or else
     text: the text itself
     out: model file to write; with it the run is locked, saved every minute, and resumed by the
-        same call. Where `should_stop()` ends it, the model of that moment is returned.
+        same call
+    should_stop: asked after each step whether to end the run; the best model so far is returned
     settings: size, init, and the fields of GPTConfig and TrainConfig, as max_steps=1000
     raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
     """
@@ -3286,9 +3312,9 @@ def run_training(
     def after_step(trainer: Trainer) -> bool:
         display.on_step()
         is_due = is_writer and time.monotonic() > files.next_save
-        stop, save = ctx.any_rank(should_stop(), is_due)
+        stop = ctx.any_rank(should_stop())
         is_unfinished = trainer.steps_done < trainer.cfg.max_steps
-        if is_writer and is_unfinished and (stop or save):
+        if is_writer and is_unfinished and (stop or is_due):
             files.save_checkpoint(trainer, is_last=stop)
         return stop
 
@@ -3296,10 +3322,10 @@ def run_training(
     try:
         trainer.fit(display.on_evaluation, after_step)
     except Diverged as error:
-        error.model = trainer.best_model()
         if is_writer and trainer.best_weights:
-            files.save_model(error.model)
-            error.args = (f"{error}; its best weights are saved in {error.model.path}",)
+            model = trainer.best_model()
+            files.save_model(model)
+            error.args = (f"{error}; its best weights are saved in {model.path}",)
         raise
     model = trainer.best_model()
     if trainer.steps_done == trainer.cfg.max_steps:
@@ -3328,19 +3354,19 @@ def spell_invisible(text: str) -> str:
     return "".join(c if cell_len(c) > 0 else spell_out(c) for c in printable(text))
 
 
-def annotate(text: str, styles: list[str], notes: list[str], width: int) -> Text:
-    r"""Each character of `text` in its style, with its note below; \n ends a line."""
+def annotate(parts: Iterable[str], styles: list[str], notes: list[str], width: int) -> Text:
+    r"""Each character or cluster in its style, with its note below; \n ends a line."""
     lines = []
     cells_left = 0
-    for c, style, note in zip(text, styles, notes, strict=True):
-        shown = spell_invisible(c)
+    for part, style, note in zip(parts, styles, notes, strict=True):
+        shown = spell_invisible(part)
         n_cells = max(cell_len(shown), len(note))
         if n_cells > cells_left:
             lines += [Text(), Text(style="dim")]  # characters, notes
             cells_left = width
         lines[-2].append(set_cell_size(shown, n_cells), style)
         lines[-1].append(f"{note:<{n_cells}}")
-        cells_left = 0 if c == "\n" else cells_left - n_cells
+        cells_left = 0 if part == "\n" else cells_left - n_cells
     return Text("\n").join(lines)
 
 
@@ -3492,9 +3518,10 @@ class ChatCommand(NamedTuple):
 class Chat:
     """A session with a model."""
 
-    def __init__(self, model: Model, cfg: SampleConfig):
+    def __init__(self, model: Model, cfg: SampleConfig, load: Callable[[Path], Model]):
         self.model = model
         self.cfg = cfg
+        self.load = load  # another model
         self.console = plain_console()
         self.prompt = ""  # of the last answer
         self.written = ""
@@ -3557,7 +3584,9 @@ class Chat:
         if value and kind is tuple:
             new = (*self.cfg.stop, unescape(value))
         elif value:
-            new = parse_number(kind, value)
+            new = value
+            with suppress(ValueError):  # then the config says what it must be
+                new = kind(value)
         self.cfg = replace(self.cfg, **{field_name: new})
         log(f"({name} {self.setting(field_name)})")
 
@@ -3595,8 +3624,7 @@ class Chat:
         self.answer(text.removesuffix("\n"))
 
     def switch_model(self, file: str) -> None:
-        path = user_path(file.strip())
-        self.model = load(path, self.model.network.device.type)
+        self.model = self.load(user_path(file.strip()))
         log(f"{file}: {self.model.metadata}")
 
     def tokens(self, text: str) -> None:
@@ -3752,10 +3780,10 @@ def prompt_reader() -> Callable[[], str]:
     return lambda: session.prompt().encode(errors="replace").decode()
 
 
-def chat_loop(model: Model, cfg: SampleConfig) -> None:
-    """The prompt loop, until `quit`, `exit` or the end of the input."""
+def chat_loop(model: Model, cfg: SampleConfig, load: Callable[[Path], Model]) -> None:
+    """The prompt loop, until `quit`, `exit` or the end of the input; `load` opens another model."""
     log("\n--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)")
-    chat = Chat(model, cfg)
+    chat = Chat(model, cfg, load)
     read = prompt_reader()
     while True:
         try:
@@ -3901,7 +3929,7 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     return files
 
 
-def byte_spelling() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's visible character for each byte; bytes without one count up from U+0100."""
     printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable_bytes]
@@ -3913,7 +3941,7 @@ def gguf_entries(model: Model, name: str, half: bool) -> dict:
     """Key-value entries of a GGUF file, by the names of the writer's methods."""
     gguf = optional("gguf")
     config = model.network.config
-    spelling = byte_spelling()
+    spelling = bytes_to_unicode()
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
     merges = {}  # a character of several bytes is merged from them, one byte at a time
     for token in tokens:
@@ -3956,9 +3984,9 @@ def require_gpt2(network: GPT) -> None:
     """raises: UserError if the network was changed: other programs would compute something else"""
     network = copy.deepcopy(network).cpu().eval()
     config = network.config
-    is_equal = sum(p.numel() for p in network.parameters()) == config.n_parameters()
+    is_equal = has_weights_of_gpt2(network)
     if is_equal:
-        ids = np.arange(min(8, config.block_size)) % config.vocab_size  # (T,)
+        ids = np.arange(min(256, config.block_size)) % config.vocab_size  # (T,)
         logits = network(to_tensor(ids[None], network.device))[0].numpy()  # (T, V)
         cache = KVCache(network, 1)
         decoder = NumpyDecoder(network)
@@ -4061,14 +4089,6 @@ def as_options(message: str) -> str:
     return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, message)
 
 
-def parse_number(kind: type, text: str):
-    """`text` as a number, or as it is: then the config says what it must be."""
-    try:
-        return kind(text)
-    except ValueError:
-        return text
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and options for the fields of a config."""
 
@@ -4107,7 +4127,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("eval", "words", dict(metavar="FILE", help="text file, or model file (*.safetensors)")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
     ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; a model file may follow")),
-    ("run train eval", "--data", dict(nargs="+", default=[], metavar="TEXT", help=TEXTS)),
+    ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
@@ -4273,7 +4293,7 @@ def cmd_run(args: argparse.Namespace) -> None:
         log(f"{out}: {m}. /help lists the commands.")
     else:  # which refuses to train over a finished model
         out = cmd_train(args, hint="At the prompt, /help lists the commands.")
-    chat_loop(load_model(out, args), sampling)
+    chat_loop(load_model(out, args), sampling, partial(load_model, args=args))
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
@@ -4281,7 +4301,7 @@ def cmd_chat(args: argparse.Namespace) -> None:
     path = take_model(args, args.words)
     model = load_model(path, args)
     log(f"{path}: {model.metadata}. /help lists the commands.")
-    chat_loop(model, sampling)
+    chat_loop(model, sampling, partial(load_model, args=args))
 
 
 def cmd_generate(args: argparse.Namespace) -> None:

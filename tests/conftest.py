@@ -72,6 +72,12 @@ def loopback_only(monkeypatch):
     assert not tried, f"the network was asked for: {tried}"
 
 
+@pytest.fixture(autouse=True)
+def notes_of_their_own():
+    """A test sees the notes that the program prints once, whatever ran before it."""
+    anexagpt.note_once.cache_clear()
+
+
 def shared_text(name: str):
     """Fixture with a real text as it was served, byte order mark and all."""
 

@@ -213,11 +213,17 @@ def test_gpu_that_is_too_old(monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch, "ones", no_kernel)
-    anexagpt.note_once.cache_clear()
     device, _ = anexagpt.select_device("auto")
     assert device.type != "cuda" and "no kernel image" in capfd.readouterr().err
     device, _ = anexagpt.select_device("cuda", "float32")
     assert device.type == "cuda"  # the user's wish
+
+
+def test_cpu_leaves_the_gpu_alone(monkeypatch):
+    """Catches a run on the CPU that starts CUDA, which takes seconds and memory of the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(anexagpt, "has_working_cuda", lambda: pytest.fail("CUDA is started"))
+    assert anexagpt.select_device("cpu")[0].type == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import anexagpt
-from anexagpt import MLP, Corpus, GPTConfig, SampleConfig, TrainConfig, Trainer, generate
+from anexagpt import MLP, Corpus, GPTConfig, KVCache, SampleConfig, TrainConfig, Trainer, generate
 
 SOURCE = (ROOT / "anexagpt.py").read_text(encoding="utf-8")
 LESSON = SOURCE[: SOURCE.index("# The complete GPT ends here")]
@@ -115,6 +115,51 @@ def test_a_changed_network_is_what_writes(tiny, tmp_path, capfd, monkeypatch, ho
     assert capfd.readouterr().err.count("NOTE") == 1
 
 
+@pytest.mark.parametrize("change", ["local attention", "RMSNorm", "no bias", "new weights"])
+def test_other_changes_are_what_writes(capfd, monkeypatch, change):
+    """Catches a fast path that ignores what shows in long contexts only, or in the weights after
+    the first text, and one that fails for a network with other weights."""
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=64)
+    trainer = Trainer(Corpus.from_text(prose(250)), GPTConfig(**shape), TrainConfig(max_steps=40))
+    trainer.fit()
+    model = trainer.best_model()
+    network = model.network.eval()
+    if change == "local attention":
+        causal = anexagpt.attention_weights
+
+        def local(q, k):
+            weights = causal(q, k).triu(k.shape[2] - q.shape[2] - 20)
+            return weights / weights.sum(-1, keepdim=True)
+
+        monkeypatch.setattr(anexagpt, "attention_weights", local)
+    elif change == "RMSNorm":
+        network.h[1].ln_2 = torch.nn.RMSNorm(16)
+    elif change == "no bias":
+        network.h[1].mlp.c_fc.bias = None
+    anexagpt.use_fast_paths(model)
+    if change == "new weights":
+        model.generate("the ", max_new=4)
+        network.h[1].mlp.c_fc.weight.data.zero_()
+    ids = model.prompt_ids("the ")
+    expected = generate(network, ids, 56, SampleConfig(temperature=0.0), None)
+    text = model.generate("the ", max_new=56, temperature=0.0)
+    assert text == model.tokenizer.decode(expected[len(ids) :])
+    assert "NOTE: the network was changed" in capfd.readouterr().err
+
+
+def test_a_comparison_leaves_no_trace(tiny):
+    """Catches keys and values of the plain network in the cache of a changed one."""
+    model = anexagpt.load(tiny)
+    for block in model.network.h:
+        block.mlp.__class__ = SquaredMLP
+    caches = []
+    for decode in (model.decode, anexagpt.decode):
+        caches.append(KVCache(model.network, 1))
+        for token in (1, 2, 3):
+            decode(model.network, np.array([token]), caches[-1])
+    assert torch.equal(caches[0].kv, caches[1].kv)
+
+
 def test_a_changed_attention_is_what_trains(capfd, monkeypatch):
     """Catches a fast attention that replaces the one that a learner has changed."""
 
@@ -158,7 +203,8 @@ def test_plain_has_no_fast_path(tiny, cli, monkeypatch):
     train = ["train", "t.txt", "--plain", "--out", "a.safetensors", "--max-steps", 2, *TINY]
     assert cli(*train).status == 0
     for command in ("generate the", "explain the", "chat", "eval t.txt --device cpu"):
-        result = cli(*command.split(), "--plain", "--model", tiny, stdin="the\n")
+        lines = f"the\n/model {tiny}\nthe\n"
+        result = cli(*command.split(), "--plain", "--model", tiny, stdin=lines)
         assert result.status == 0, result
 
 

@@ -150,7 +150,7 @@ def test_cache_equals_the_uncached_path(batch, sizes, seed):
     torch.testing.assert_close(EXACT(other, cache), EXACT(other), atol=1e-10, rtol=0)
 
 
-# ---- first weights and dropout -------------------------------------------------------------------
+# ---- initial weights and dropout -----------------------------------------------------------------
 
 
 def test_first_weights(cli, tmp_path):
