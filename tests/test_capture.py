@@ -259,7 +259,8 @@ def test_a_measurement_that_fails(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu, "in_new_process", in_new_process)
     report = gpu.Report(tmp_path / "gpu.json", "cpu")
-    args = argparse.Namespace(text=["a", "b"], steps=9, seconds=1.0, nanogpt=Path("nowhere"))
+    nowhere = tmp_path / "nowhere"
+    args = argparse.Namespace(text=["a", "b"], steps=9, seconds=1.0, nanogpt=nowhere)
     gpu.measure_all(report, args, "cpu", tmp_path)
     report.print()
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
