@@ -153,7 +153,7 @@ def test_cache_equals_the_uncached_path(batch, sizes, seed):
 # ---- initial weights and dropout -----------------------------------------------------------------
 
 
-def test_first_weights(cli, tmp_path):
+def test_initial_weights(cli, tmp_path):
     """Catches a wrong initialization: a start far from ln V, and blocks that are not identities."""
     (tmp_path / "t.txt").write_text(prose(300))
     rates = ["--muon-learning-rate", 0, "--learning-rate", 0, "--max-steps", 1]
