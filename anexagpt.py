@@ -1565,9 +1565,10 @@ CHANGED = "the network was changed; using the plain version."
 class NumpyDecoder:
     """`decode` of one text on a CPU: NumPy's calls cost a fraction of PyTorch's.
 
-    All weights are prepared so that a token needs few calls. Every vector of the residual stream
-    gets mean zero, which changes nothing, since each LayerNorm subtracts the mean: LayerNorm is a
-    division by the root mean square, and its weight and bias go into the next matrix.
+    All weights are prepared so that a token needs few calls, and `dot` costs less than `@`. Every
+    vector of the residual stream gets mean zero, which changes nothing, since each LayerNorm
+    subtracts the mean: LayerNorm is a division by the root mean square, and its weight and bias go
+    into the next matrix.
     source: Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers", section 3
     """
 
@@ -1625,22 +1626,22 @@ class NumpyDecoder:
         for weights, kv in zip(self.blocks, cache.kv.numpy()[:, :, 0], strict=True):
             c_attn, c_attn_b, c_proj, c_proj_b, c_fc, c_fc_b, mlp_proj, mlp_proj_b = weights
             _, H, _, D = kv.shape  # (2, H, block_size, D)
-            qkv = (c_attn @ x * inverse_rms(x) + c_attn_b).reshape(3, H, 1, D)
+            qkv = (c_attn.dot(x) * inverse_rms(x) + c_attn_b).reshape(3, H, 1, D)
             kv[:, :, t] = qkv[1:, :, 0]
             keys, values = kv[:, :, : t + 1]  # (H, S, D)
             scores = qkv[0] @ keys.mT  # (H, 1, S)
             y = softmax(scores) @ values  # (H, 1, D)
-            x = x + (c_proj @ y.reshape(-1) + c_proj_b)
-            y = c_fc @ x * inverse_rms(x) + c_fc_b  # (4 C,)
+            x = x + (c_proj.dot(y.reshape(-1)) + c_proj_b)
+            y = c_fc.dot(x) * inverse_rms(x) + c_fc_b  # (4 C,)
             y *= 0.5 + 0.5 * np.tanh(y * (0.7978846 + 0.0356774 * y * y))  # tanh GELU
-            x = x + (mlp_proj @ y + mlp_proj_b)
+            x = x + (mlp_proj.dot(y) + mlp_proj_b)
         cache.advance(1)
         head, head_b = self.head
-        return (head @ x * inverse_rms(x) + head_b)[None]
+        return (head.dot(x) * inverse_rms(x) + head_b)[None]
 
 
 def inverse_rms(x: ndarray) -> float:
-    return (x @ x / x.size + 1e-5) ** -0.5
+    return (x.dot(x) / x.size + 1e-5) ** -0.5
 
 
 @torch.inference_mode()
@@ -1655,7 +1656,10 @@ def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
     ids = np.arange(min(256, c.block_size)) % c.vocab_size  # (T,)
     n = max(1, len(ids) - 8)  # a local attention differs where the context is long
     expected = network(to_tensor(ids[None], network.device))[0, n:].numpy()  # (T - n, V)
-    decoder = NumpyDecoder(network)
+    try:
+        decoder = NumpyDecoder(network)
+    except AttributeError:  # a module has another name
+        return None
     cache = KVCache(network, 1)
     prefill(network, ids[None, :n], cache)
     logits = np.concatenate([decoder.decode(token, cache) for token in ids[n:]])  # (T - n, V)

@@ -610,6 +610,7 @@ def test_text_when_another_model_is_opened(page, tiny, tmp_path):
     page.goto(f"{PAGE.as_uri()}#prompt=the+dog&max_new=3&temperature=1")
     load(page, tiny)
     page.wait_for_function("() => mode === 'idle' && text.ids.length === 10")
+    assert page.text_content("#status").startswith("3 characters in ")  # no empty notice before it
     page.fill("#text", "the cat saw")
     page.fill("#set-temperature", "1.5")
     for model, shown in ((tiny, "the cat saw"), (small, "ecaa"), (tiny, "the cat saw")):

@@ -116,11 +116,11 @@ def test_a_changed_network_is_what_writes(tiny, tmp_path, capfd, monkeypatch, ho
 
 
 @pytest.mark.parametrize(
-    "change", ["local attention", "window", "RMSNorm", "no bias", "new weights"]
+    "change", ["local attention", "window", "RMSNorm", "no bias", "new name", "new weights"]
 )
 def test_other_changes_are_what_writes(capfd, monkeypatch, change):
     """Catches a fast path that ignores what shows in long contexts only, or in the weights after
-    the first text, and one that fails for a network with other weights."""
+    the first text, and one that fails for a network with other weights or names."""
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=64)
     trainer = Trainer(Corpus.from_text(prose(250)), GPTConfig(**shape), TrainConfig(max_steps=40))
     trainer.fit()
@@ -148,6 +148,10 @@ def test_other_changes_are_what_writes(capfd, monkeypatch, change):
         network.h[1].mlp.c_fc.bias = None
         n = network.config.n_parameters() - 64
         monkeypatch.setattr(GPTConfig, "n_parameters", lambda config: n)
+    elif change == "new name":
+        mlp = network.h[1].mlp
+        mlp.fc = mlp._modules.pop("c_fc")
+        mlp.forward = lambda x: mlp.c_proj(torch.nn.functional.gelu(mlp.fc(x), approximate="tanh"))
     anexagpt.use_fast_paths(model)
     if change == "new weights":
         model.generate("the ", max_new=4)
