@@ -183,24 +183,25 @@ def test_torchrun_onto_an_existing_model():
 
 
 def test_rank_that_is_killed():
-    """Catches a --restart run that torchrun cannot restart, since the model of before exists: a
-    rank is killed before the first checkpoint, and another time after it."""
+    """Catches a --restart run that torchrun restarts from its beginning."""
     assert Fork(*LONG, "--max-steps", 3).result().status == 0
     before = weights()
-    process = torchrun(2, "--restart", "--max-steps", 200, "--checkpoint-interval", 0.1)
-
-    def kill() -> None:
-        command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
-
-    said = next(line for line in process.stderr if "steps of" in line)
-    kill()
+    process = torchrun(1, "--restart", "--max-steps", 200, "--checkpoint-interval", 0.1)
     wait_for(CHECKPOINT.exists)
-    kill()
-    said += process.communicate(timeout=120)[1]
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 0 and "Resuming" in said and weights() != before, said
     assert history()[-1][0] == 200
+
+
+def test_rank_that_is_killed_before_the_first_checkpoint():
+    """Catches a --restart run that torchrun cannot restart, since the model of before exists."""
+    assert Fork(*LONG, "--max-steps", 3).result().status == 0
+    command = [*LONG, "--max-steps", 4, "--restart"]
+    assert Fork(*command, TORCHELASTIC_RESTART_COUNT="1").result().status == 0
+    assert history()[-1][0] == 4
 
 
 def test_ranks_have_their_own_dropout():

@@ -207,7 +207,7 @@ def test_hostile_strings(tiny, cli):
 def test_fuzz():
     """Catches spoilt files that end in a traceback, a hang, or a message that is not one line. Its
     long form is tests/benchmarks/fuzz.py."""
-    counts = fuzz.fuzz(200)
+    counts = fuzz.fuzz(120)
     for reader in fuzz.READERS:
         assert counts[f"{reader} refused"] > 9 and counts[f"{reader} used"]
 

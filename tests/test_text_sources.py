@@ -104,8 +104,8 @@ def test_gutenberg_license(read, the, space):
 def test_blanks_take_linear_time(cli):
     """Catches a search for the license that takes minutes for a text with long white space."""
     start, end = (f"*** {w} OF THE PROJECT GUTENBERG EBOOK" for w in ("START", "END"))
-    for text in (" \n" * 5_000_000, f"{start} X ***{' ' * 5_000_000}{end}{' ' * 5_000_000}",
-                 f"{start} X ***\n{end} " * 60_000):  # fmt: skip
+    for text in (" \n" * 2_000_000, f"{start} X ***{' ' * 2_000_000}{end}{' ' * 2_000_000}",
+                 f"{start} X ***\n{end} " * 30_000):  # fmt: skip
         Path("x.txt").write_text(text)
         started = time.process_time()
         assert cli("train", *SMALL, "--data", "x.txt", "--size", "small").status == 0
