@@ -1074,19 +1074,13 @@ PROCESSORS = (
     "top_p",
     "min_p",
 )
-MAX_TEXT = 10_000  # how many characters back the two settings against repetition look
+MAX_TEXT = 10_000  # how many characters back a text is kept; more than any context has
 
 
 def softmax(logits: ndarray) -> ndarray:
     """Probabilities (..., V) of logits (..., V)."""
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
-
-
-def log_softmax(logits: ndarray) -> ndarray:
-    """Logarithms of the probabilities (..., V), finite where softmax would give 0."""
-    logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
@@ -1208,19 +1202,16 @@ def generate_ids(
     cache = KVCache(network, 1)
     logits = prefill(network, context, cache).repeat(B, axis=0)  # (B, V)
     cache.repeat(B)
-    context = list(context.repeat(B, axis=0).T)  # S times (B,)
     while True:
         ids = sample(logits, cfg, rngs, texts)
-        if cfg.repetition_penalty != 1 or cfg.no_repeat_ngram_size > 0:
-            texts = np.column_stack((texts, ids))[:, -MAX_TEXT:]
+        texts = np.column_stack((texts, ids))[:, -MAX_TEXT:]
         yield ids
-        context.append(ids)
-        if len(context) <= T:
+        if cache.length < T:
             logits = decode(network, ids, cache)
         else:  # the context is full: its second half is read anew
-            context = context[context_start(T + 1, T) :]
             cache.reset()
-            logits = prefill(network, np.stack(context, axis=1), cache)
+            n_kept = T + 1 - context_start(T + 1, T)
+            logits = prefill(network, texts[:, -n_kept:], cache)
 
 
 class StopFilter:
@@ -1406,11 +1397,11 @@ class Model:
         while position < len(ids):
             start = context_start(position, T)
             end = min(start + T + 1, len(ids))
-            log_probs = log_softmax(self.next_logits(ids[start : end - 1]))  # (end - 1 - start, V)
-            predicted = ids[position:end]
-            log_probs = log_probs[position - start - 1 :]  # of the characters from `position` on
-            nats = -log_probs[np.arange(len(predicted)), predicted]
-            parts.append(nats / math.log(2))
+            logits = self.next_logits(ids[start : end - 1])  # (end - 1 - start, V)
+            logits = torch.from_numpy(logits[position - start - 1 :])  # of those from `position` on
+            targets = to_tensor(ids[position:end], logits.device)
+            nats = F.cross_entropy(logits, targets, reduction="none")
+            parts.append(nats.numpy() / math.log(2))
             position = end
         return np.concatenate([np.zeros(0, "f4"), *parts])
 
@@ -1443,9 +1434,8 @@ class Model:
         """The model in a file that save() wrote; anexagpt.load() takes others, and checks them."""
         with safetensors.safe_open(path, "pt") as file:
             metadata = Metadata.from_header(file.metadata())
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         network = GPT(metadata.config)
-        network.load_state_dict(weights)
+        network.load_state_dict(safetensors.torch.load_file(path))
         return cls(network.eval(), Tokenizer(metadata.characters), metadata)
 
 
@@ -1479,7 +1469,6 @@ import shutil
 import tempfile
 import threading
 import time
-import weakref
 import zlib
 from collections import defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -1573,9 +1562,8 @@ class NumpyDecoder:
     """
 
     def __init__(self, network: GPT):
-        self.network = network
-        self.is_equal = True  # to the plain function
-        self.caches = weakref.WeakSet()  # those of the texts for which it was compared
+        self.network = network  # None once it was changed
+        self.cache = None  # that of the text for which it was compared last
         with torch.no_grad():
             self.wte = (network.wte.weight - network.wte.weight.mean(1, keepdim=True)).numpy()
             self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
@@ -1606,18 +1594,16 @@ class NumpyDecoder:
     def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
         if len(ids) > 1 or network is not self.network:
             return decode(network, ids, cache)
-        if cache not in self.caches:  # a new text; since the last one the weights may have changed
-            self.caches.add(cache)
-            logits = self.decode(ids[0], cache)
-            cache.advance(-1)
-            expected = decode(network, ids, cache)  # last: its key and value stay in the cache
-            self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
-            if not self.is_equal:
-                note_once(CHANGED)
-            return expected
-        if not self.is_equal:
-            return decode(network, ids, cache)
-        return self.decode(ids[0], cache)
+        if cache is self.cache:
+            return self.decode(ids[0], cache)
+        self.cache = cache  # of another text; since the last one the weights may have changed
+        logits = self.decode(ids[0], cache)
+        cache.advance(-1)
+        expected = decode(network, ids, cache)  # last: its key and value stay in the cache
+        if not np.allclose(logits, expected, atol=1e-3, rtol=1e-3):
+            note_once(CHANGED)
+            self.network = None
+        return expected
 
     def decode(self, token: int, cache: KVCache) -> ndarray:
         """Logits (1, V) after `token`."""
@@ -1782,19 +1768,19 @@ class DistributedTrainer(Trainer):
 
 
 @contextmanager
-def default_signals() -> Iterator[None]:
-    """Within it Ctrl-C, SIGTERM and SIGHUP end the process at once."""
+def handle_signals(handler) -> Iterator[None]:
+    """Within it Ctrl-C, SIGTERM and SIGHUP have this handler, unless they are ignored."""
     before = {}
-    if threading.current_thread() is threading.main_thread():
-        numbers = {getattr(signal, f"SIG{n}", signal.SIGTERM) for n in ("INT", "TERM", "HUP")}
-        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, signal.SIG_DFL)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 @contextmanager
@@ -1817,7 +1803,8 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
-    with default_signals():  # rendezvous waits in C++, where Python's handlers do not run
+    # A signal ends it at once: rendezvous waits in C++, where Python's handlers do not run.
+    with handle_signals(signal.SIG_DFL):
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -1858,10 +1845,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def publish(path: Path, replace: bool = True) -> Iterator[Path]:
+def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
     """Temporary file beside `path` that becomes `path` once it is complete and on the disk.
 
-    Without `replace`, an existing file is an error.  raises: OSError
+    `may_replace` is asked last of all, whether or not there is a file.  raises: OSError
     """
     path = real_path(path)  # a link stays a link
     temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
@@ -1875,13 +1862,13 @@ def publish(path: Path, replace: bool = True) -> Iterator[Path]:
                     old.unlink()
         yield temporary
         flush_to_disk(temporary)
-        if path.exists() and replace:
+        if path.exists():
             try:
                 shutil.copymode(path, temporary)
             except OSError as error:
                 note_once(f"{path.parent}: mode bits of files cannot be kept ({error.strerror})")
-        if not replace and os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "exists")
+        if not may_replace():
+            raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a full disk does not name the file
@@ -1973,10 +1960,9 @@ class RunFile:
             path = free_name(path, "new")
             log(f"NOTE: {self.path} was created by another program; saving to {path}")
             self.written = None
-        with publish(path, replace=self.written is not None) as temporary:
+        # Another file may have come meanwhile.
+        with publish(path, lambda: file_id(path) in (None, self.written)) as temporary:
             write_tensors(temporary, tensors, header)
-            if file_id(path) not in (None, self.written):  # it came meanwhile
-                raise FileExistsError(errno.EEXIST, "was created by another program")
         self.path = path
         self.written = file_id(path)
 
@@ -2227,15 +2213,18 @@ def is_intact(path: Path) -> bool:
 
 def check_download(path: Path, url: str, type: str, ending: str) -> None:
     """raises: UserError for half a text, or for a web page in its place"""
-    text = path.read_bytes()
-    start = text[:10_000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    with open(path, "rb") as file:
+        first = file.read(10_000)
+        file.seek(max(0, path.stat().st_size - 100_000))
+        last = file.read().decode("utf-8", "replace")
+    start = first.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     has_tag = start.startswith(b"<") and re.search(rb"<(!doctype html|html|head)\b", start)
     is_page = has_tag or "html" in type.lower()
     wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
-    require(text, "an empty answer")
-    words = " ".join(text.decode("utf-8", "replace").split())  # however its lines are broken
+    require(first, "an empty answer")
+    words = " ".join(last.split())  # however its lines are broken
     require(ending in words, "not the expected text, or incomplete")
 
 
@@ -2671,43 +2660,31 @@ class TensorBoard:
     """Writes scalars for TensorBoard, at once: the SummaryWriter of PyTorch has a thread, where a
     full disk is a traceback."""
 
-    def __init__(self, folder: Path, first_step: int):
-        """raises: OSError"""
-        self.proto = optional("tensorboard.compat.proto.event_pb2")
+    def __init__(self, folder: str | Path, first_step: int):
+        """raises: UserError"""
+        self.event = optional("tensorboard.compat.proto.event_pb2").Event
         records = optional("tensorboard.summary.writer.record_writer")
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
-        self.writer = records.RecordWriter(self.file)
-        self.write_event(file_version="brain.Event:2")
-        # An interrupted run may have written points that a resumed one writes again.
-        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
-        self.write_event(step=first_step, session_log=start)
+        self.folder = user_path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
+            self.writer = records.RecordWriter(file)
+            self.write(file_version="brain.Event:2")
+            # An interrupted run may have written points that a resumed one writes again.
+            self.write(step=first_step, session_log={"status": "START"})
+        except OSError as error:
+            reason = f"cannot be written ({save_error(error)}); choose another folder"
+            raise UserError(f"`tensorboard={folder}`: {reason}") from None
 
-    def write_event(self, **content) -> None:
-        event = self.proto.Event(wall_time=time.time(), **content)
+    def write(self, **content) -> None:
+        """raises: OSError"""
+        event = self.event(wall_time=time.time(), **content)
         self.writer.write(event.SerializeToString())
         self.writer.flush()
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """raises: OSError"""
-        event = self.proto.Event()
-        for name, value in scalars.items():
-            event.summary.value.add(tag=name, simple_value=value)
-        self.write_event(step=step, summary=event.summary)
-
     def close(self) -> None:
         with suppress(OSError):
-            self.file.close()
-
-
-def open_tensorboard(folder: str | Path | None, first_step: int) -> TensorBoard | None:
-    """raises: UserError"""
-    try:
-        return TensorBoard(user_path(folder), first_step) if folder else None
-    except OSError as error:
-        reason = f"cannot be written ({save_error(error)}); choose another folder"
-        raise UserError(f"`tensorboard={folder}`: {reason}") from None
+            self.writer.close()
 
 
 class ProgressDisplay:
@@ -2789,12 +2766,13 @@ class ProgressDisplay:
             log(f"{loss_chart(t.history)}\n{model.metadata}.")
 
     def write_scalars(self, char_rate: float) -> None:
-        t = self.trainer
-        step, training_loss, validation_loss = t.history[-1]
-        scalars = dict(training_loss=training_loss, validation_loss=validation_loss)
-        scalars |= dict(lr_scale=lr_scale(step - 1, t.cfg), characters_per_second=char_rate)
+        scalars = self.trainer.history[-1]._asdict()
+        step = scalars.pop("step")
+        scalars["lr_scale"] = lr_scale(step - 1, self.trainer.cfg)
+        scalars["characters_per_second"] = char_rate
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         try:
-            self.board.write(step, scalars)
+            self.board.write(step=step, summary={"value": values})
         except OSError as error:
             reason = save_error(error)
             log(f"NOTE: {self.board.folder}: no more is written there ({reason}); going on")
@@ -2842,23 +2820,10 @@ class SignalCatcher:
         self.caught = []  # numbers of the signals
         self.first_time = 0.0
         self.is_asked = False
-        self.handlers_before = {}
 
     def __call__(self) -> bool:
         self.is_asked = True
         return bool(self.caught)
-
-    def __enter__(self) -> SignalCatcher:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    self.handlers_before[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
 
     def handle(self, number, frame) -> None:
         if number == signal.SIGINT and not self.is_asked:
@@ -3048,7 +3013,6 @@ class RunFiles:
         """raises: UserError"""
         weights = dict(model.network.named_parameters())
         self.model.rescue(weights, model.metadata.to_header())
-        model.path = self.model.path
         try:
             self.checkpoint.remove()
         except OSError as error:
@@ -3166,8 +3130,8 @@ def training_lock(out: Path) -> Iterator[None]:
         raise UserError(f"`out={out}`: {reason}; {wait}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            reason = error.strerror or "no file can be created there"
-            raise UserError(f"`out={out}`: cannot be written ({reason}); {wait}") from None
+            reason = f"cannot be written ({save_error(error)})"
+            raise UserError(f"`out={out}`: {reason}; {wait}") from None
         note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
     try:
         yield
@@ -3195,16 +3159,11 @@ def training_state(device: torch.device) -> Iterator[None]:
                 del os.environ[name]
 
 
-def count_ids(ids: ndarray, vocab_size: int) -> ndarray:
-    """How often each id occurs (V,); in pieces, since bincount makes int64 of all that it gets."""
-    pieces = np.array_split(ids, 1 + len(ids) // PIECE)
-    return sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)
-
-
 def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
     """Whether the character frequencies of one text fit another one badly."""
-    counts = count_ids(ids, vocab_size)
-    other_counts = count_ids(other_ids, vocab_size)
+    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # of each bincount makes int64
+    counts = sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)  # (V,)
+    other_counts = np.bincount(other_ids, minlength=vocab_size)  # (V,)
     share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
     losses = -np.log(share)  # (V,) nats per character
     loss = np.average(losses, weights=counts)
@@ -3310,7 +3269,9 @@ def train(
         ctx.check_equal(repr(trainer.metadata()))
         if not plain:
             use_fast_training(trainer)
-        board = open_tensorboard(tensorboard if is_first else None, trainer.steps_done + 1)
+        board = None
+        if tensorboard and is_first:
+            board = TensorBoard(tensorboard, trainer.steps_done + 1)
         if files and is_first:  # nothing can fail any more: an old checkpoint goes
             files.begin(trainer)
         display = ProgressDisplay(trainer, progress and is_first, board)
@@ -3345,19 +3306,17 @@ def run_training(
         trainer.fit(display.on_evaluation, after_step)
     except Diverged as error:
         if is_writer and trainer.best_weights:
-            model = trainer.best_model()
-            files.save_model(model)
-            error.args = (f"{error}; its best weights are saved in {model.path}",)
+            files.save_model(trainer.best_model())
+            error.args = (f"{error}; its best weights are saved in {files.model.path}",)
         raise
     model = trainer.best_model()
-    if trainer.steps_done == trainer.cfg.max_steps:
+    is_done = trainer.steps_done == trainer.cfg.max_steps
+    if is_done:
         display.summary(model)
         if is_writer:
             files.save_model(model)
-        elif files:
-            model.path = files.model.path
-    elif files:
-        model.path = files.checkpoint.path
+    if files:
+        model.path = files.model.path if is_done else files.checkpoint.path
     return model
 
 
@@ -4235,7 +4194,8 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
     """Returns the path of the model file."""
     # torchrun repeats the command line after a failure: --restart was asked for once.
     is_repeated = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    with SignalCatcher() as signals:
+    signals = SignalCatcher()
+    with handle_signals(signals.handle):
         model = train(
             args.data + args.words,
             out=args.out,

@@ -309,6 +309,16 @@ def test_urls(read, cli, server, dead):
         assert "--data" in failed(result) and "secret" not in result.err
 
 
+def test_a_long_download_is_checked_in_little_memory(tmp_path):
+    """Catches a check that reads all of a text, which may be larger than memory."""
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"the dog saw\n" * 500_000 + b"END OF THE BOOK\n")
+    tracemalloc.start()
+    anexagpt.check_download(path, "http://localhost/x.txt", "text/plain", "END OF THE BOOK")
+    assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    tracemalloc.stop()
+
+
 def test_two_writers(cli, server, monkeypatch):
     """Catches a download that publishes, or removes, the half file of another process with the
     same process id: in another container, on a shared folder."""
