@@ -525,7 +525,7 @@ def test_colors_while_it_writes(page, tiny):
     page.wait_for_function("() => text.ids.length > 1_905")
     lowest = """Math.min(...Array.from(CSS.highlights, ([name, ranges]) =>
         name.startsWith("level") ? Array.from(ranges, (range) => range.startOffset) : []).flat())"""
-    assert 800 < page.evaluate(lowest) < 1_100
+    assert 1_300 < page.evaluate(lowest) < 1_600
     page.click("#go")
     settled(page)
     assert page.evaluate(lowest) == 1
