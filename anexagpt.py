@@ -1467,6 +1467,7 @@ import io
 import re
 import shutil
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -3650,18 +3651,9 @@ def is_unclosed(text: str) -> bool:
     return text.startswith('"""') and '"""' not in text[3:]
 
 
-def without_line_end(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
-
-
 def read_line() -> str:
     """raises: EOFError"""
-    if plain_console().is_jupyter:
-        return input()
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return without_line_end(line)
+    return input().removesuffix("\r")  # of a file from Windows
 
 
 def read_prompt() -> str:
@@ -3798,10 +3790,6 @@ def without_paths(metadata: Metadata) -> Metadata:
     return replace(metadata, data=metadata.data._replace(names=names), training=training)
 
 
-def indent(text: str) -> str:
-    return "    " + text.replace("\n", "\n    ")
-
-
 def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
     hub = optional("huggingface_hub")
@@ -3832,7 +3820,7 @@ A character-level GPT-2 with {m.config.size()}, trained from scratch with Anexa 
 ({m.data.characters:,} characters, SHA-256 `{m.data.sha256}`). It continues a prompt in the manner
 of that text:
 
-{indent(sample)}
+{textwrap.indent(sample, "    ")}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
@@ -3851,7 +3839,7 @@ With Anexa, at any length: `python anexagpt.py chat model.safetensors`
 Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
 which was not trained on (these are the weights with the lowest). Training: {training}.
 
-{indent(loss_chart(m.history))}
+{textwrap.indent(loss_chart(m.history), "    ")}
 
 License of the weights: {license}. License of the text: {rights}.
 """
@@ -3962,9 +3950,9 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
 
 def require_gpt2(network: GPT) -> None:
     """raises: UserError if the network was changed: other programs would compute something else"""
-    is_equal = gpt2_decoder(copy.deepcopy(network).cpu().eval()) is not None
     fix = "export with the program that it was before, or use it from Python"
-    require(is_equal, f"this network is not GPT-2's, which other programs compute; {fix}")
+    message = f"this network is not GPT-2's, which other programs compute; {fix}"
+    require(gpt2_decoder(network), message)
 
 
 def export(
@@ -4280,7 +4268,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     text, path = take_prompt(args, "prompt, the text to continue")
     cfg = sampling_settings(args)
     if text == "-":  # the way to have line ends in a prompt on Windows
-        text = without_line_end(sys.stdin.read())
+        text = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
     model = load_model(path, args, one_text=n == 1)
