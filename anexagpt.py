@@ -1398,7 +1398,7 @@ class Model:
             start = context_start(position, T)
             end = min(start + T + 1, len(ids))
             logits = self.next_logits(ids[start : end - 1])  # (end - 1 - start, V)
-            logits = torch.from_numpy(logits[position - start - 1 :])  # of those from `position` on
+            logits = torch.from_numpy(logits[position - start - 1 :])  # (n, V), from `position` on
             targets = to_tensor(ids[position:end], logits.device)
             nats = F.cross_entropy(logits, targets, reduction="none")
             parts.append(nats.numpy() / math.log(2))
@@ -1467,9 +1467,9 @@ import io
 import re
 import shutil
 import tempfile
-import textwrap
 import threading
 import time
+import weakref
 import zlib
 from collections import defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -1563,8 +1563,9 @@ class NumpyDecoder:
     """
 
     def __init__(self, network: GPT):
-        self.network = network  # None once it was changed
-        self.cache = None  # that of the text for which it was compared last
+        self.network = network
+        self.is_equal = True  # to the plain function
+        self.caches = weakref.WeakSet()  # those of the texts for which it was compared
         with torch.no_grad():
             self.wte = (network.wte.weight - network.wte.weight.mean(1, keepdim=True)).numpy()
             self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
@@ -1595,16 +1596,18 @@ class NumpyDecoder:
     def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
         if len(ids) > 1 or network is not self.network:
             return decode(network, ids, cache)
-        if cache is self.cache:
-            return self.decode(ids[0], cache)
-        self.cache = cache  # of another text; since the last one the weights may have changed
-        logits = self.decode(ids[0], cache)
-        cache.advance(-1)
-        expected = decode(network, ids, cache)  # last: its key and value stay in the cache
-        if not np.allclose(logits, expected, atol=1e-3, rtol=1e-3):
-            note_once(CHANGED)
-            self.network = None
-        return expected
+        if cache not in self.caches:  # a new text; since the last one the weights may have changed
+            self.caches.add(cache)
+            logits = self.decode(ids[0], cache)
+            cache.advance(-1)
+            expected = decode(network, ids, cache)  # last: its key and value stay in the cache
+            self.is_equal = np.allclose(logits, expected, atol=1e-3, rtol=1e-3)
+            if not self.is_equal:
+                note_once(CHANGED)
+            return expected
+        if not self.is_equal:
+            return decode(network, ids, cache)
+        return self.decode(ids[0], cache)
 
     def decode(self, token: int, cache: KVCache) -> ndarray:
         """Logits (1, V) after `token`."""
@@ -1633,7 +1636,10 @@ def inverse_rms(x: ndarray) -> float:
 
 @torch.inference_mode()
 def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
-    """A NumpyDecoder of `network`; None if it was changed, so that it computes something else."""
+    """A NumpyDecoder of `network`.
+
+    None if it was changed, so that it computes something else or its modules have other names.
+    """
     c = network.config
     # Not n_parameters(): whoever changes the network changes that, too.
     n_weights = (c.vocab_size + c.block_size + 2) * c.n_embd
@@ -1803,11 +1809,11 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         n, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # After a failure torchrun restarts with a store that still has the addresses of dead ranks.
-    # A signal ends it at once: rendezvous waits in C++, where Python's handlers do not run.
+    # Rendezvous waits in C++, where Python's handlers do not run: a signal ends the process.
     with handle_signals(signal.SIG_DFL):
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
+            # After a failure torchrun's store still has the addresses of dead ranks.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except (RuntimeError, ValueError) as error:
@@ -3162,7 +3168,7 @@ def training_state(device: torch.device) -> Iterator[None]:
 
 def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
     """Whether the character frequencies of one text fit another one badly."""
-    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # of each bincount makes int64
+    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # bincount makes int64 of all it gets
     counts = sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)  # (V,)
     other_counts = np.bincount(other_ids, minlength=vocab_size)  # (V,)
     share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
@@ -3790,6 +3796,10 @@ def without_paths(metadata: Metadata) -> Metadata:
     return replace(metadata, data=metadata.data._replace(names=names), training=training)
 
 
+def indent(text: str) -> str:
+    return "    " + text.replace("\n", "\n    ")
+
+
 def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
     hub = optional("huggingface_hub")
@@ -3820,7 +3830,7 @@ A character-level GPT-2 with {m.config.size()}, trained from scratch with Anexa 
 ({m.data.characters:,} characters, SHA-256 `{m.data.sha256}`). It continues a prompt in the manner
 of that text:
 
-{textwrap.indent(sample, "    ")}
+{indent(sample)}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
@@ -3839,7 +3849,7 @@ With Anexa, at any length: `python anexagpt.py chat model.safetensors`
 Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
 which was not trained on (these are the weights with the lowest). Training: {training}.
 
-{textwrap.indent(loss_chart(m.history), "    ")}
+{indent(loss_chart(m.history))}
 
 License of the weights: {license}. License of the text: {rights}.
 """
@@ -3952,7 +3962,7 @@ def require_gpt2(network: GPT) -> None:
     """raises: UserError if the network was changed: other programs would compute something else"""
     fix = "export with the program that it was before, or use it from Python"
     message = f"this network is not GPT-2's, which other programs compute; {fix}"
-    require(gpt2_decoder(network), message)
+    require(gpt2_decoder(copy.deepcopy(network).cpu().eval()), message)
 
 
 def export(

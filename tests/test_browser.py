@@ -619,6 +619,20 @@ def test_text_when_another_model_is_opened(page, tiny, tmp_path):
         assert page.input_value("#set-temperature") == "1.5"
 
 
+def test_caret_stays_in_sight(page, tiny):
+    """Catches lines that are pasted below what can be seen, since the text grows after the browser
+    has scrolled to the caret."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw a cat.\n" * 150)
+    page.focus("#text")
+    for key in ("a", "c", "End", "v"):
+        page.keyboard.press(f"Control+{key}")
+    settled(page)
+    assert page.evaluate("text.ids.length") == 300 * 19
+    hidden = "$('paper').scrollHeight - $('paper').scrollTop - $('paper').clientHeight"
+    assert page.evaluate(hidden) < 60 and page.evaluate("$('text').scrollTop") == 0
+
+
 def test_text_of_astral_characters(page, tiny, tmp_path):
     """Catches half of a text that is cut off, since each of its characters has two units."""
     path = random_model(tiny, tmp_path / "m.safetensors", "\U0001f600\U0001f601a").path

@@ -176,6 +176,26 @@ def test_a_comparison_leaves_no_trace(tiny):
     assert torch.equal(caches[0].kv, caches[1].kv)
 
 
+def test_each_text_is_compared_once(tiny, monkeypatch):
+    """Catches texts written in turn that are compared at every character, and a decoder that stays
+    aside when the weights are as they were."""
+    model = anexagpt.load(tiny)
+    calls = []
+    plain = anexagpt.decode
+    monkeypatch.setattr(anexagpt, "decode", lambda *args: calls.append(args) or plain(*args))
+    for _ in zip(model.stream("a", max_new=10), model.stream("b", max_new=10), strict=True):
+        pass
+    assert len(calls) == 2
+    weight = model.network.h[0].mlp.c_fc.weight.data
+    before = weight.clone()
+    weight.zero_()
+    model.generate("a", max_new=10)
+    assert len(calls) == 2 + 9
+    weight.copy_(before)
+    model.generate("a", max_new=10)
+    assert len(calls) == 2 + 9 + 1
+
+
 def test_a_changed_attention_is_what_trains(capfd, monkeypatch):
     """Catches a fast attention that replaces the one that a learner has changed."""
 
