@@ -1204,7 +1204,7 @@ def generate_ids(
     cache.repeat(B)
     while True:
         ids = sample(logits, cfg, rngs, texts)
-        texts = np.column_stack((texts, ids))[:, -MAX_TEXT:]
+        texts = np.concatenate((texts, ids[:, None]), axis=1)[:, -MAX_TEXT:]  # (B, N)
         yield ids
         if cache.length < T:
             logits = decode(network, ids, cache)
