@@ -3657,9 +3657,18 @@ def is_unclosed(text: str) -> bool:
     return text.startswith('"""') and '"""' not in text[3:]
 
 
+def without_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def read_line() -> str:
     """raises: EOFError"""
-    return input().removesuffix("\r")  # of a file from Windows
+    if plain_console().is_jupyter:
+        return input()
+    line = sys.stdin.readline()  # input() may move the cursor, which not every terminal can
+    if not line:
+        raise EOFError
+    return without_line_end(line)
 
 
 def read_prompt() -> str:
@@ -4278,7 +4287,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     text, path = take_prompt(args, "prompt, the text to continue")
     cfg = sampling_settings(args)
     if text == "-":  # the way to have line ends in a prompt on Windows
-        text = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+        text = without_line_end(sys.stdin.read())
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
     model = load_model(path, args, one_text=n == 1)
