@@ -1074,7 +1074,7 @@ PROCESSORS = (
     "top_p",
     "min_p",
 )
-MAX_TEXT = 10_000  # how many characters back a text is kept; more than any context has
+MAX_TEXT = 10_000  # characters of a text that generation remembers; more than any context has
 
 
 def softmax(logits: ndarray) -> ndarray:
