@@ -1255,6 +1255,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else spell_out(c) for c in text)
 
 
+def parse_json(text: str):
+    """The value of a JSON text.  raises: ValueError, also for NaN and Infinity, which JSON lacks"""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What a model file says about its weights, in the header, as JSON strings."""
@@ -1281,7 +1290,7 @@ class Metadata:
     def from_header(cls, header: dict[str, str]) -> Metadata:
         """raises: LookupError, TypeError, UserError or ValueError where the header is malformed"""
         require(header["format_version"] == "1", "its format_version is not 1")
-        entries = {setting.name: json.loads(header[setting.name]) for setting in fields(cls)}
+        entries = {setting.name: parse_json(header[setting.name]) for setting in fields(cls)}
         require(type(entries["history"]) is list, "its history is malformed")
         if "name" in entries["data"]:  # one string before version 1.0
             entries["data"]["names"] = [entries["data"].pop("name")]
@@ -1920,6 +1929,7 @@ def user_path(name: str | Path) -> Path:
     is_local = not re.match(URL, str(name))
     fix = "must be on this computer; choose another name"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
+    require("\0" not in str(name), f"{printable(str(name))}: no file can have this name")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
@@ -4257,6 +4267,7 @@ def cmd_run(args: argparse.Namespace) -> None:
     asked = check_settings(training_settings(args))
     if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
         trains = asked.keys() - {"seed"} or args.data or args.restart or args.out != Path(MODEL)
+        trains = trains or args.quiet or args.tensorboard or args.encoding != "utf-8"
         fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
         require(not trains, f"{args.words[0]}: a model is opened, not trained; {fix}")
         return cmd_chat(args)

@@ -329,6 +329,7 @@ SPOILT = {  # name: what makes it of a good file, and a part of the page's reaso
     "no names": (lambda f: field(f, "data", names=[]), "no name"),
     "one more tensor": (lambda f: tensor(f, "h.9.ln_1.bias"), "not those of its config"),
     "NaN": (lambda f: changed(f, validation_loss="NaN"), "validation_loss is not JSON"),
+    "setting": (lambda f: changed(f, training='{"seed": NaN}'), "training is not JSON"),
     "loss": (lambda f: changed(f, validation_loss='"1"'), "validation_loss is not of"),
     "sha256": (lambda f: changed(f, data='{"name": "x", "sha256": "0"}'), "no sha256"),
     "config": (lambda f: changed(f, config='{"__proto__": 1}'), "other entries"),

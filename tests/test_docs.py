@@ -486,6 +486,7 @@ def test_quoted_figures():
 SOURCES = {
     "README": {
         "10.7 1.470 1.88 3.10 2.13 600 3.4": "nanoGPT's README; versions; sizes of the files",
+        "2,570": "anexagpt.check_corpus",
         "1.5 40 671 37 14.8 2.788 32 15.5": "the reports that the table links",
     },
     "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},

@@ -136,7 +136,7 @@ HOSTILE = {  # entry of the header: what it says instead
     + [DATA | dict(names=[5]), DATA | dict(sha256="x"), DATA | dict(sha256=SHA + "\n")]
     + [DATA | dict(sha256=int("1" * 64)), DATA | dict(sha256="<b>" + SHA[3:])]
     + [DATA | dict(characters=n) for n in ("5", None, [], float("inf"), 10**400)],
-    "training": ["null", [], '"x"', dict(init=5), DEEP, None],
+    "training": ["null", [], '"x"', dict(init=5), '{"seed": NaN}', DEEP, None],
     "step": ["null", '"5"', "1.5", "1e999", "NaN", "9" * 400, "9" * 5000, "-5", DEEP, None],
     "validation_loss": ['"5"', "NaN", "1e999", "9" * 400, "[]", "{}", '""', "false", None],
     "history": ["null", {}, [1], [[1, 2]], '[["a", 2, 3]]', "[[1, null, 3]]", "[[1, NaN, 3]]", DEEP,
