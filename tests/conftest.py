@@ -19,15 +19,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import anexagpt  # noqa: E402
-
-torch.set_num_threads(1)
-os.environ |= dict(OMP_NUM_THREADS="1", no_proxy="*")  # for the programs that tests start
+os.environ |= dict(OMP_NUM_THREADS="1", no_proxy="*")  # also for the programs that tests start
 hypothesis.settings.register_profile("anexa", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("anexa")
 
@@ -44,7 +39,13 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
 
 
+# PyTorch is imported inside functions here: the process that starts the workers needs none.
+
+
 def pytest_collection_modifyitems(items):
+    import torch
+
+    torch.set_num_threads(1)
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -75,6 +76,8 @@ def loopback_only(monkeypatch):
 @pytest.fixture(autouse=True)
 def notes_of_their_own():
     """A test sees the notes that the program prints once, whatever ran before it."""
+    import anexagpt
+
     anexagpt.note_once.cache_clear()
 
 
@@ -203,6 +206,8 @@ def program(tmp_path):
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """`program` in this process: the same command line, without PyTorch's start-up time."""
+    import anexagpt
+
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, stdin: str = "") -> Result:
@@ -221,6 +226,8 @@ def cli(tmp_path, monkeypatch, capsys):
 @contextmanager
 def interrupt_at(n: int, number: int = signal.SIGINT):
     """Within it a signal, as of Ctrl-C, follows the n-th optimizer step of this process."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     steps = itertools.count(1)
 
     def count(*_):
@@ -237,6 +244,8 @@ def interrupt_at(n: int, number: int = signal.SIGINT):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A model file, trained just long enough to write words; prose.txt lies beside it."""
+    import anexagpt
+
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "prose.txt").write_text(prose() + "\n", encoding="utf-8", newline="\n")
     out = folder / "model.safetensors"

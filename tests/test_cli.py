@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, interrupt_at, prose, start
+from conftest import ROOT, TINY, interrupt_at, prose, start, wait_for
 from safetensors.torch import save
 
 import anexagpt
@@ -35,7 +34,7 @@ def model(tiny, cli) -> Path:
 # ---- in processes of their own ----
 
 
-def test_first_and_second_run(tmp_path):
+def test_first_and_second_run(tmp_path, cli):
     """Catches one of the four lines changed, text on the wrong stream, files left over, a prompt
     that does not mention /help, and a second run that trains."""
     (tmp_path / "diary.txt").write_text(prose(500))
@@ -51,7 +50,7 @@ def test_first_and_second_run(tmp_path):
     assert first.out.startswith("the") and len(first.out) == 3 + 300 + 1
     names = {p.name for p in tmp_path.iterdir() if not p.name.startswith((".", "__"))}
     assert names == {"anexagpt.py", "diary.txt", "model.safetensors"}
-    second = start(stdin="red\n", **options)
+    second = cli(stdin="red\n")
     lines = second.err.splitlines()
     assert second.status == 0 and second.out.startswith("red") and lines[1:4] == opening
     assert lines[0].startswith("model.safetensors: ") and "30 steps" in lines[0]
@@ -65,8 +64,7 @@ def test_ctrl_c_before_pytorch(tmp_path):
     command = [sys.executable, str(ROOT / "anexagpt.py"), "info"]
     options = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     with subprocess.Popen(command, **options) as process:
-        while not (tmp_path / "imported").exists():
-            time.sleep(0.02)
+        wait_for((tmp_path / "imported").exists)
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == b"" and process.returncode == 130
 

@@ -1,6 +1,6 @@
 """Distributed training: several ranks against one process, and what becomes of them in trouble.
 
-Ranks are forks of this process, joined over gloo; real torchrun where its restarts matter.
+Ranks are forks of this process, joined over gloo; started by torchrun where that matters.
 """
 
 import os
@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, Result, prose, wait_for
 from test_faults import CHECKPOINT, MODEL, Fork, at_step, names, weights
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import anexagpt
 
@@ -158,8 +161,17 @@ def test_signal_while_waiting_for_a_rank(number):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     same = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    fork = Fork(*LONG, **same, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    time.sleep(2)
+    reading, writing = os.pipe()
+
+    def prepare():
+        rendezvous = anexagpt.dist.rendezvous
+        anexagpt.dist.rendezvous = lambda url: (os.write(writing, b"x"), rendezvous(url))[1]
+
+    fork = Fork(*LONG, prepare=prepare, **same, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"  # b"" if it has ended
+    os.close(reading)
+    time.sleep(0.2)  # until it waits in C++
     started = time.monotonic()
     os.kill(fork.pid, number)
     result = fork.result(20)
@@ -167,32 +179,57 @@ def test_signal_while_waiting_for_a_rank(number):
     assert "Traceback" not in result.err
 
 
-def torchrun(restarts: int, *options) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += [f"--max-restarts={restarts}", ROOT / "anexagpt.py", *LONG, *options]
-    return subprocess.Popen([sys.executable, *map(str, launch)], stderr=subprocess.PIPE, text=True)
+def in_fork(launch: Callable, *arguments) -> Fork:
+    """A launcher of ranks in a fork of this process."""
+
+    def prepare():
+        status = 1  # a rank has failed
+        try:
+            launch(*arguments)
+            status = 0
+        finally:
+            os._exit(status)
+
+    return Fork(prepare=prepare)
+
+
+def one_rank(*arguments) -> None:
+    sys.exit(anexagpt.main([*arguments]))
 
 
 def test_torchrun_onto_an_existing_model():
     """Catches "terminate called without an active exception" after an error of the user."""
     MODEL.write_bytes(b"mine")
-    process = torchrun(0)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode and said.count("anexagpt.py: model.safetensors") == 1, said
-    assert "terminate called" not in said and MODEL.read_bytes() == b"mine"
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    command = [*options, ROOT / "anexagpt.py", *LONG]
+    result = in_fork(torchrun.main, [*map(str, command)]).result(120)
+    assert result.status == 1 and result.err.count("anexagpt.py: model.safetensors") == 1, result
+    assert "terminate called" not in result.err and MODEL.read_bytes() == b"mine"
 
 
 def test_rank_that_is_killed():
-    """Catches a --restart run that torchrun restarts from its beginning."""
+    """Catches a --restart run that torchrun restarts from its beginning. Its ranks are forks."""
     assert Fork(*LONG, "--max-steps", 3).result().status == 0
     before = weights()
-    process = torchrun(1, "--restart", "--max-steps", 200, "--checkpoint-interval", 0.1)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    options = [*LONG, "--restart", "--max-steps", 200, "--checkpoint-interval", 0.1]
+    process = in_fork(elastic_launch(config, one_rank), *map(str, options))
     wait_for(CHECKPOINT.exists)
     command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0 and "Resuming" in said and weights() != before, said
+    result = process.result(120)
+    assert result.status == 0 and "Resuming" in result.err and weights() != before, result
     assert history()[-1][0] == 200
 
 

@@ -13,13 +13,12 @@ import os
 import pty
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import termios
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -61,8 +60,10 @@ class Fork:
         except SystemExit as leave:
             status = leave.code or 0
         except BaseException as error:
-            os.write(2, f"Traceback {error!r}\n".encode())
-        os._exit(status)
+            with suppress(OSError):  # 2 may be closed
+                os.write(2, f"Traceback {error!r}\n".encode())
+        finally:
+            os._exit(status)
 
     def result(self, seconds: float = 60) -> Result:
         end = time.monotonic() + seconds
@@ -201,18 +202,6 @@ def test_stop_at_any_line(cli, count):
     assert done and n > 60
 
 
-def test_ctrl_c_during_the_imports(folder):
-    """Catches a traceback of 35 lines out of the middle of PyTorch."""
-    command = [sys.executable, "-X", "importtime", ROOT / "anexagpt.py", "info"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    seen = b""
-    while b"torch" not in seen:  # the first of its modules has been imported
-        seen = process.stderr.readline()
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in said
-
-
 @pytest.mark.parametrize("nohup", [False, True])
 def test_terminal_that_is_closed(nohup):
     """Catches a hang-up that loses up to a minute, and a display that ends a run which may go on
@@ -245,22 +234,6 @@ def test_nobody_reads_the_progress(where):
     stderr = os.open(where, os.O_WRONLY) if where.startswith("/") else writing
     result = Fork("train", *OPTIONS, stderr=stderr).result()
     assert result.status == 0 and anexagpt.load(MODEL).metadata.step == 24
-
-
-@pytest.mark.parametrize("fd", [0, 1, 2])
-def test_closed_streams(tiny, fd):
-    """Catches a traceback, or a file of the program that takes the place of a closed stream."""
-
-    def close():
-        os.close(fd)
-        setattr(sys, ("stdin", "stdout", "stderr")[fd], None)
-
-    run, model = [*OPTIONS, "--max-steps", 3], ["--model", tiny]
-    commands = ["train", *run], ["run", *run], ["info", *model], ["chat", *model]
-    commands += ["generate", "the", "-n", 3, *model], ["eval", "prose.txt", *model]
-    for command in (*commands, ["explain", "the", *model], ["export", "folder", *model]):
-        result = Fork(*command, prepare=close).result()
-        assert result.status == 0 and "Traceback" not in result.err, result
 
 
 # ---- kills ---------------------------------------------------------------------------------------

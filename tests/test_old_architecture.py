@@ -316,11 +316,11 @@ def test_training_learns_saves_and_prompts(trained):
 
 
 @pytest.mark.parametrize("which", ["tiny", "trained"])
-def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path):
+def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path, cli):
     """Catches a file, a network or a context rule that differs between the two programs."""
     path = tiny if which == "tiny" else trained[0] / "old_model.safetensors"
     args = ["--model", path, "--temperature", 0, "--max-new", 40]
-    script = start("generate", "the ", *args, "--device", "cpu", cwd=tmp_path)
+    script = cli("generate", "the ", *args, "--device", "cpu")
     ours = run(*args, cwd=tmp_path, stdin="the \n")
     assert script.status == ours.status == 0, script.err + ours.err
     assert ours.out == script.out and len(ours.out) == 45
