@@ -4266,8 +4266,8 @@ def cmd_run(args: argparse.Namespace) -> None:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     asked = check_settings(training_settings(args))
     if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
-        trains = asked.keys() - {"seed"} or args.data or args.restart or args.out != Path(MODEL)
-        trains = trains or args.quiet or args.tensorboard or args.encoding != "utf-8"
+        given = asked.keys() - {"seed"}, args.data, args.restart, args.quiet, args.tensorboard
+        trains = any(given) or args.encoding != "utf-8" or args.out != Path(MODEL)
         fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
         require(not trains, f"{args.words[0]}: a model is opened, not trained; {fix}")
         return cmd_chat(args)

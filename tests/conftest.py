@@ -20,6 +20,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# PyTorch is imported by functions here: the process that starts the workers of xdist needs none.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= dict(OMP_NUM_THREADS="1", no_proxy="*")  # also for the programs that tests start
@@ -37,9 +38,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # so that each 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
-
-
-# PyTorch is imported inside functions here: the process that starts the workers needs none.
 
 
 def pytest_collection_modifyitems(items):
