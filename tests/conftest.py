@@ -37,7 +37,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # so that each 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
+    # A job in the background of a shell may ignore Ctrl-C, and one under nohup ignores SIGHUP.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
