@@ -1882,7 +1882,7 @@ def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Itera
             try:
                 shutil.copymode(path, temporary)
             except OSError as error:
-                note_once(f"{path.parent}: mode bits of files cannot be kept ({error.strerror})")
+                note_once(f"{path.parent}: mode bits of files cannot be copied ({error.strerror})")
         if not may_replace():
             raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
@@ -3196,7 +3196,7 @@ def log_run(t: Trainer) -> None:
     epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
     if is_unlike(t.train_ids, t.val_ids, len(m.characters)):
         log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
-        log("language: its loss says little, and the weights that are kept may not be the best.")
+        log("language: its loss says little, and the weights that are saved may not be the best.")
     init = f" of {t.cfg.init}" if t.cfg.init else ""
     log(
         f"{m.data}: {n:,} characters, {len(m.characters) - 1} different; "
@@ -4266,10 +4266,11 @@ def cmd_run(args: argparse.Namespace) -> None:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     asked = check_settings(training_settings(args))
     if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
-        given = asked.keys() - {"seed"}, args.data, args.restart, args.quiet, args.tensorboard
-        trains = any(given) or args.encoding != "utf-8" or args.out != Path(MODEL)
+        defaults = vars(build_parser("run").parse_args([]))
+        given = {name for name, value in vars(args).items() if value != defaults.get(name)}
+        of_chat = {*vars(build_parser("chat").parse_args([])), *SampleConfig.__dataclass_fields__}
         fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
-        require(not trains, f"{args.words[0]}: a model is opened, not trained; {fix}")
+        require(given <= of_chat, f"{args.words[0]}: a model is opened, not trained; {fix}")
         return cmd_chat(args)
     out = args.out
     names = args.data + args.words
