@@ -22,7 +22,7 @@ In Python:
 
 The file reads from top to bottom. The first part is a complete GPT on its own:
 
-    config        one line a setting: type, default, help, limits
+    config        one line per setting: type, default, help, limits
     tokenizer     characters to ids and back
     network       GPT-2's decoder, with an optional KV cache
     optimizer     learning rate, Muon, the average of the weights
@@ -133,7 +133,7 @@ def field_types(config: type, name: str) -> tuple[type, ...]:
     return get_args(hint) or (hint,)
 
 
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", tuple: "a tuple of texts"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", tuple: "several strings"}
 
 
 class Config:
@@ -156,7 +156,7 @@ class Config:
         if low is not None:
             rule += f" from {low:,} to {high:,}"
             is_valid = is_valid and (value is None or low <= value <= high)
-        shown = printable(str(value))[:60]  # it may come from a file
+        shown = printable(repr(value))[:60]  # it may come from a file
         require(is_valid, f"`{name}={shown}`: must be {rule}")
 
     @classmethod
@@ -223,7 +223,7 @@ def resolve(
     """`cfg` with a value for each None.
 
     These values depend on the network, the length of the run, the number of characters to train
-    on, the device ("cpu", "cuda", "mps") and the number format of the matrix products. They are
+    on, the device ("cpu", "cuda", "mps") and the dtype of the matrix products. They are
     decided once, when the run begins, and are part of it.
     """
     batch_size = cfg.batch_size
@@ -248,7 +248,12 @@ def resolve(
     epochs = cfg.max_steps * batch_size * config.block_size / n_chars
     dropout = cfg.dropout
     if dropout is None:  # the more often a text is repeated, the sooner it is memorized
-        dropout = 0.0 if epochs < 25 else 0.1 if epochs < 80 else 0.2
+        if epochs < 25:
+            dropout = 0.0
+        elif epochs < 80:
+            dropout = 0.1
+        else:
+            dropout = 0.2
     logit_scale = cfg.logit_scale
     if logit_scale is None:
         # Multiplies the logits in training only, against overconfidence on a repeated text:
@@ -279,11 +284,12 @@ def build_vocab(characters: Iterable[str]) -> str:
 def require_text(name: str, value) -> None:
     """raises: UserError unless it is a string"""
     if not isinstance(value, str):
-        raise UserError(f"`{name}={printable(str(value)[:40])}`: must be a text, as 'It was'")
+        shown = printable(str(value)[:40])
+        raise UserError(f"`{name}={shown}`: must be a string, such as 'It was'")
 
 
 def unify_newlines(text: str) -> str:
-    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is no string
+    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is not a string
 
     U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
     """
@@ -523,8 +529,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Residual stream (B, T, C) after the last block; `ids` (B, T) follow those in `cache`.
 
-        With a `context`, the texts are cut into pieces of so many characters, which do not see each
-        other: (B * T / context, context, C).
+        With a `context`, the texts are cut into pieces of that many characters, which do not see
+        each other: (B * T / context, context, C).
         """
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
@@ -702,7 +708,7 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, name: str = "text") -> Corpus:
-        """raises: UserError for a lone surrogate, as in text decoded with surrogateescape"""
+        """raises: UserError for a lone surrogate, such as surrogateescape leaves"""
         text = unify_newlines(text)
         try:
             sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -799,6 +805,8 @@ class Trainer:
     trainer.fit()
     print(trainer.best_model().generate("It was"))
     """
+
+    rank = 0  # of this process, where several train together
 
     def __init__(
         self,
@@ -920,8 +928,8 @@ class Trainer:
         """Those of the windows (B, T + 1) that this process computes: all."""
         return windows
 
-    def seed_dropout(self, rank: int = 0) -> None:
-        sequence = np.random.SeedSequence([self.cfg.seed, self.steps_done, rank])
+    def seed_dropout(self) -> None:
+        sequence = np.random.SeedSequence([self.cfg.seed, self.steps_done, self.rank])
         seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
         if self.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
@@ -1453,7 +1461,7 @@ def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
     is_one = isinstance(stop, str) or not isinstance(stop, Iterable)
     stops = (stop,) if is_one else tuple(stop)
     is_valid = all(isinstance(text, str) for text in stops)
-    require(is_valid, f"`stop={stop}`: must be a text or several; leave it out for none")
+    require(is_valid, f"`stop={stop}`: must be a string or several; leave it out for none")
     names = [setting.name for setting in fields(SampleConfig)]
     for name in sampling:
         require(name in names, f"`{name}`: unknown; choose from {', '.join(names)}")
@@ -1603,7 +1611,8 @@ class NumpyDecoder:
         return c_attn, c_attn_bias, *self.center(attn.c_proj), *c_fc, *self.center(mlp.c_proj)
 
     def __call__(self, network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
-        if len(ids) > 1 or network is not self.network:
+        is_float32_on_cpu = cache.kv.device.type == "cpu" and cache.kv.dtype == torch.float32
+        if len(ids) > 1 or network is not self.network or not is_float32_on_cpu:
             return decode(network, ids, cache)
         if cache not in self.caches:  # a new text; since the last one the weights may have changed
             self.caches.add(cache)
@@ -1720,7 +1729,7 @@ class DistributedContext(NamedTuple):
 
     def any_rank(self, flag: bool) -> bool:
         """Logical OR of a flag over all ranks."""
-        return bool(self.all_reduce(torch.tensor(flag, dtype=torch.int)))
+        return bool(self.all_reduce(torch.tensor(bool(flag), dtype=torch.int)))
 
     def check_equal(self, text: str) -> None:
         """raises: UserError unless all ranks have the same text"""
@@ -1749,6 +1758,7 @@ class DistributedTrainer(Trainer):
     def __init__(self, ctx: DistributedContext, *arguments):
         super().__init__(*arguments)
         self.ctx = ctx
+        self.rank = ctx.rank
         n = self.cfg.batch_size
         is_enough = n >= ctx.world_size
         require(is_enough, f"`batch_size={n}`: must be at least {ctx.world_size}, one per rank")
@@ -1756,9 +1766,6 @@ class DistributedTrainer(Trainer):
 
     def local_rows(self, windows: Tensor) -> Tensor:
         return windows.tensor_split(self.ctx.world_size)[self.ctx.rank]  # (B / ranks, T + 1)
-
-    def seed_dropout(self, rank: int = 0) -> None:
-        super().seed_dropout(self.ctx.rank)
 
     def backward(self) -> None:
         super().backward()
@@ -1900,7 +1907,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     end = 0
     for name, tensor in tensors.items():
         start = end
-        end += tensor.nbytes
+        end += 4 * tensor.numel()  # all are written in float32
         shape = list(tensor.shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
@@ -1909,7 +1916,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().numpy().data)
+            tensor = tensor.detach().to("cpu", torch.float32)
+            file.write(tensor.contiguous().numpy().data)
 
 
 def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
@@ -2090,7 +2098,8 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
         for name, weight in weights.items():
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
-    network = GPT(metadata.config)
+    with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
+        network = GPT(metadata.config)
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
     found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
     wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
@@ -2155,7 +2164,7 @@ FALLBACK = "python-docs"
 CACHE = Path("data")  # for downloads
 PIECE = 1 << 23  # characters that are read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
-LONG_TEXT = 32 << 20  # characters from which on ids are in a file instead of the memory
+LONG_TEXT = 32 << 20  # the ids of a text of this many characters are in a file, not in memory
 MAX_NAMES = 1_000_000  # bytes that the names of all texts take in the header of a model
 COMMON_ENCODINGS = ["utf_8", "utf_16", "utf_16_le", "utf_16_be", "koi8_r"]
 COMMON_ENCODINGS += ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"]
@@ -2396,6 +2405,9 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     rule = "only http:// and https:// addresses can be downloaded"
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
     path = user_path(name or "?")  # Path("") is the current folder
+    if name.endswith(SUFFIXES):
+        fix = f"to fine-tune it, give a text and `init={missing_name(name)}`"
+        raise UserError(f"`data={missing_name(name)}`: is a model, not a text; {fix}")
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
@@ -2464,11 +2476,11 @@ def strip_licenses(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def guess_encoding(sample: bytes) -> str | None:
-    """The likely encoding of the beginning of a text, of which a few bytes may be spoilt."""
+    """The likely encoding of the beginning of a text, of which a few bytes may be corrupt."""
     text = sample.decode("utf-8", "replace")
-    n_spoilt = text.count(UNKNOWN)
+    n_corrupt = text.count(UNKNOWN)
     n_other = len(text) - len(text.encode("ascii", "ignore"))  # in UTF-8 of several bytes
-    if n_other > 2 * n_spoilt:  # bytes of another encoding are hardly ever UTF-8
+    if n_other > 2 * n_corrupt:  # bytes of another encoding are hardly ever UTF-8
         return "utf_8"
     guess = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS).best()
     return guess.encoding if guess and guess.encoding != "utf_8" else None
@@ -2707,9 +2719,16 @@ class TensorBoard:
 class ProgressDisplay:
     """Progress of a training run: a live line on a terminal or in a notebook, else plain lines."""
 
-    def __init__(self, trainer: Trainer, is_shown: bool, board: TensorBoard | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        is_shown: bool,
+        has_checkpoint: bool = False,
+        board: TensorBoard | None = None,
+    ):
         self.trainer = trainer
         self.is_shown = is_shown
+        self.has_checkpoint = has_checkpoint
         self.is_live = is_shown and (sys.stderr.isatty() or plain_console().is_jupyter)
         self.started = time.monotonic()
         self.first_step = trainer.steps_done
@@ -2757,8 +2776,9 @@ class ProgressDisplay:
         if self.is_shown and t.steps_done == 50 and seconds_left > 600:
             minutes = seconds_left / 60
             time_left = f"{minutes:.0f} minutes" if minutes < 180 else f"{minutes / 60:,.0f} hours"
-            log(f"NOTE: this run takes about {time_left}. Fewer max-steps make it shorter;")
-            log("and after Ctrl-C, chat and generate can use its checkpoint.")
+            log(f"NOTE: this run takes about {time_left}. Fewer max-steps make it shorter.")
+            if self.has_checkpoint:
+                log("After Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
             sample = " ".join(model.generate(max_new=80, seed=0).split())
@@ -2853,7 +2873,7 @@ class SignalCatcher:
             self.first_time = now
             if os.environ.get("RANK", "0") == "0":
                 words = b"\nStopping after this step ... (Ctrl-C again to quit without saving)\n"
-                with suppress(OSError):  # not log, in the midst of which the signal may have come
+                with suppress(OSError):  # not log(), which the signal may have interrupted
                     os.write(2, words)
         elif number == signal.SIGINT and now - self.first_time > 1:
             raise KeyboardInterrupt
@@ -2890,8 +2910,12 @@ def has_working_cuda() -> bool:
         return False
 
 
-def select_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and number format for their names or "auto".  raises: UserError if it is missing"""
+def select_device(
+    device: str | torch.device, dtype: str | torch.dtype = "auto"
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for their names or "auto".  raises: UserError if it is missing"""
+    device = str(device)
+    dtype = str(dtype).removeprefix("torch.")
     usable = ["cpu"]
     if torch.backends.mps.is_available():
         usable.insert(0, "mps")
@@ -2935,7 +2959,8 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
     for name, value in asked.items():
         is_free = name in FREE_SETTINGS or name in free
         if name in saved and not is_free and value != saved[name]:
-            differing.append(f"`{name}={saved[name]}`, not {value}")
+            was = f"no `{name}`" if saved[name] is None else f"`{name}={saved[name]}`"
+            differing.append(f"{was}, not {value}")
     return ", ".join(differing)
 
 
@@ -3215,7 +3240,9 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
         return [str(data)]
     is_several = isinstance(data, Iterable) and not isinstance(data, bytes)
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
-    return [str(name) for name in data]
+    names = [str(name) for name in data]
+    require(names, "`data`: is empty; name a text, or leave it out for Sherlock Holmes")
+    return names
 
 
 def use_fast_training(trainer: Trainer) -> None:
@@ -3251,7 +3278,7 @@ def train(
     out: model file to write; with it the run is locked, saved every minute, and resumed by the
         same call
     should_stop: asked after each step whether to end the run; the best model so far is returned
-    settings: size, init, and the fields of GPTConfig and TrainConfig, as max_steps=1000
+    settings: size, init, and the fields of GPTConfig and TrainConfig, for example max_steps=1000
     raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
     """
     asked = check_settings(settings)
@@ -3291,7 +3318,7 @@ def train(
             board = TensorBoard(tensorboard, trainer.steps_done + 1)
         if files and is_first:  # nothing can fail any more: an old checkpoint goes
             files.begin(trainer)
-        display = ProgressDisplay(trainer, progress and is_first, board)
+        display = ProgressDisplay(trainer, progress and is_first, files is not None, board)
         stack.enter_context(closing(display))
         model = run_training(trainer, files, ctx, display, should_stop)
     if not plain:
@@ -3648,7 +3675,7 @@ class Chat:
 
 CHAT_COMMANDS = {
     "help": ChatCommand(Chat.help, "", "list the commands"),
-    "set": ChatCommand(Chat.set, "NAME [VALUE]", "change a setting, as /set top-k 5"),
+    "set": ChatCommand(Chat.set, "NAME [VALUE]", "change a setting, e.g. /set top-k 5"),
     "show": ChatCommand(Chat.show, "", "show the settings, the model, and the last seed"),
     "regen": ChatCommand(Chat.regen, "", "answer the last prompt again"),
     "more": ChatCommand(Chat.more, "", "continue the last answer"),
@@ -3806,7 +3833,8 @@ def without_paths(metadata: Metadata) -> Metadata:
     """Metadata to publish: names of texts without folders."""
 
     def public(name: str) -> str:
-        return re.split(r"[/\\]", public_name(name).rstrip("/\\"))[-1]
+        last = re.split(r"[/\\]", public_name(name).rstrip("/\\"))[-1]
+        return f"./{last}" if last in BUILT_IN and last != name else last  # not the built-in text
 
     training = dict(metadata.training)
     if training.get("init"):
@@ -4056,7 +4084,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 # It parses, calls the library, and prints.
 
 SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
-DASHES = "a text that begins with - goes last, after --, as in: -- -text, or after --stop="
+DASHES = "a text that begins with - goes last, after --, for example: -- -text, or after --stop="
 
 
 def unescape(text: str) -> str:
@@ -4179,7 +4207,12 @@ def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     """The model file of a command: its only argument, or --model.  raises: UserError"""
     if len(words) > 1:
         raise UserError(f"unexpected argument '{missing_name(words[1])}'; give one model file")
-    return user_path(words[0]) if words else args.model
+    if not words:
+        return args.model
+    other = vars(args).get("model", Path(MODEL))  # `run` lacks --model
+    is_only = other == Path(MODEL)
+    require(is_only, f"`model={other}`: {missing_name(words[0])} is given, too; drop one of them")
+    return user_path(words[0])
 
 
 def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
@@ -4203,7 +4236,8 @@ def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> M
     if not args.plain:
         use_fast_paths(model)
     if is_checkpoint_path(path):
-        log(f"{path}: an unfinished run, at step {model.metadata.step:,}; its best weights")
+        kind = "averaged" if model.metadata.validation_loss is None else "best"
+        log(f"{path}: an unfinished run, at step {model.metadata.step:,}; its {kind} weights")
     return model
 
 
@@ -4214,7 +4248,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
     signals = SignalCatcher()
     with handle_signals(signals.handle):
         model = train(
-            args.data + args.words,
+            args.data + args.words or None,
             out=args.out,
             device=args.device,
             dtype=args.dtype,
@@ -4335,7 +4369,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
             if i > 0:
                 console.print()
             views[name]()
-    print(end=output.get(), flush=True)
+    print(output.get(), end="", flush=True)
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
@@ -4401,8 +4435,8 @@ def cmd_export(args: argparse.Namespace) -> None:
 def cmd_push(args: argparse.Namespace) -> None:
     models = [word for word in args.words if word.endswith(SUFFIXES)]
     names = [word for word in args.words if word not in models]
-    fix = "the file of the model ends in .safetensors"
-    require(len(names) == 1, f"give one name for the model on the Hub, as USER/NAME; {fix}")
+    fix = "USER/NAME; a model file ends in .safetensors"
+    require(len(names) == 1, f"give one name for the model on the Hub: {fix}")
     model = load(take_model(args, models))
     print(push(model, names[0], args.license, args.private))
 

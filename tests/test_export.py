@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
@@ -167,6 +168,18 @@ def test_folder(trained, ours, cli):
         content = file.read_bytes()
         for secret in (b"secret", b"hidden", b"/home", b"/tmp", trained.name.encode()):
             assert secret not in content, (file, secret)
+
+
+@pytest.mark.parametrize("name", ["./sherlock", "texts/shakespeare", "http://a.net/sherlock"])
+def test_private_text_with_the_name_of_a_built_in_one(ours, name):
+    """Catches a card that calls it public domain, and an export that stands for the other text."""
+    cards = []
+    for shown in (name, name.split("/")[-1]):
+        data = ours.metadata.data._replace(names=[shown])
+        public = anexagpt.without_paths(dataclasses.replace(ours.metadata, data=data))
+        model = anexagpt.Model(ours.network, ours.tokenizer, public)
+        cards.append(anexagpt.model_card(model, "title", "unknown"))
+    assert "public domain" in cards[1] and "public domain" not in cards[0]
 
 
 def test_only_a_sha256_is_a_sha256(trained, cli, tmp_path):

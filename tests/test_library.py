@@ -43,7 +43,12 @@ def test_ways_to_name_a_text_and_a_device():
     tuned = train(text=TEXT, init=Path("m.safetensors"), **SMALL)
     assert tuned.metadata.training["init"] == "m.safetensors"
     assert tuned.generate("the ", temperature=np.linspace(0, 1, 3)[1], max_new=9)
-    assert load("m.safetensors", device="auto").metadata == by_path.metadata
+    before = torch.get_rng_state()
+    for device in ("auto", torch.device("cpu")):
+        assert load("m.safetensors", device=device).metadata == by_path.metadata
+    assert torch.equal(torch.get_rng_state(), before)
+    again = train(text=TEXT, **SMALL | dict(device=torch.device("cpu"), dtype=torch.float32))
+    assert again.metadata.history == by_text.metadata.history
     with pytest.raises(UserError, match="device=tpu"):
         load("m.safetensors", device="tpu")
 
@@ -102,6 +107,7 @@ def test_stopped_and_resumed():
 WRONG = [
     (dict(max_steps=0), "`max_steps=0`: must be a whole number from 1"),
     (dict(max_steps=True), "`max_steps=True`"),
+    (dict(max_steps="3"), "`max_steps='3'`: must be a whole number"),
     (dict(max_step=5), "`max_step`: unknown; choose from .*max_steps"),
     (dict(vocab_size=5), "`vocab_size`: unknown"),
     (dict(size="tiny"), "`size=tiny`: must be one of small, medium, large"),
@@ -110,10 +116,12 @@ WRONG = [
     (dict(data="nowhere.txt", text=None), "`data=nowhere.txt`: no such file"),
     (dict(data="nowhere.txt"), "`data` and `text`"),
     (dict(text=None, data=5), "`data=5`: must be the name of a text"),
+    (dict(text=None, data=[]), "`data`: is empty"),
+    (dict(text=None, data="m.safetensors"), "is a model, not a text; .*`init=m.safetensors`"),
     (dict(text=None, data=b"a.txt"), "`data=b'a.txt'`: must be the name of a text"),
     (dict(out=5), "`5`: must be the name of a file"),
-    (dict(text=b"bytes"), "`text=b'bytes'`: must be a text"),
-    (dict(text=Path("a.txt")), "`text=a.txt`: must be a text"),
+    (dict(text=b"bytes"), "`text=b'bytes'`: must be a string"),
+    (dict(text=Path("a.txt")), "`text=a.txt`: must be a string"),
     (dict(size=["small"]), "`size=.*must be one of"),
     (dict(text=None, data="nowhere.txt", encoding=5), "`encoding=5`: unknown"),
     (dict(text="short"), "`data=text`: 5 characters, but training needs 170"),
@@ -147,7 +155,7 @@ def test_what_is_no_text(tiny, settings, name):
     model = load(tiny)
     with pytest.raises(UserError, match=name) as error:
         model.generate(**settings)
-    assert "must be a text" in str(error.value) and "\n" not in str(error.value)
+    assert "must be a string" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_resumed_with_a_default(monkeypatch):
@@ -169,7 +177,7 @@ def test_surprise_of_a_wild_model(tiny):
 def test_surprise_of_what_is_no_text(tiny):
     """Catches an AttributeError, and a line end of Windows that counts as an unknown character."""
     model = load(tiny)
-    with pytest.raises(UserError, match="`text=5`: must be a text"):
+    with pytest.raises(UserError, match="`text=5`: must be a string"):
         model.surprise(5)
     assert model.surprise("the\r\ncat").tolist() == model.surprise("the\ncat").tolist()
 
@@ -182,6 +190,23 @@ def test_numbers_of_numpy(tiny):
     settings = SMALL | dict(max_steps=np.int64(4), learning_rate=np.float32(0.01))
     train(text=TEXT, out="m.safetensors", **settings)
     assert load("m.safetensors").metadata.training["max_steps"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_network_in_another_dtype(tiny, dtype):
+    """Catches a network that cannot write text after Module.to(), and a file that is spoilt."""
+    model = load(tiny)
+    expected = model.next_characters("the")
+    model.network.to(dtype)
+    assert np.allclose(model.next_characters("the"), expected, atol=0.02)
+    assert len(model.generate("the", max_new=5)) == 5
+    model.save("m.safetensors")
+    assert np.allclose(load("m.safetensors").next_characters("the"), expected, atol=0.02)
+
+
+def test_should_stop_without_an_answer():
+    """Catches a TypeError after the first step for a callback that returns None."""
+    assert train(text=TEXT, should_stop=lambda: None, **SMALL).metadata.step == 24
 
 
 def test_a_trainer_without_enough_text():
