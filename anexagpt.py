@@ -961,7 +961,7 @@ class Trainer:
         cfg = self.cfg
         uniform = math.log(self.network.config.vocab_size)
         is_finite = math.isfinite(training_loss + validation_loss) and weights_are_sane(self.ema)
-        is_late = self.best_loss < uniform or self.steps_done == cfg.max_steps
+        is_late = self.best_loss < uniform or self.steps_done >= min(1_000, cfg.max_steps)
         # Only validation loss is high where that part is in another language.
         is_worse = min(training_loss, validation_loss) > 1.1 * uniform
         if is_finite and not (is_late and is_worse):
@@ -1894,6 +1894,7 @@ def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Itera
             raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
     except OSError as error:
+        error.strerror = error.strerror or f"{error}: is the disk full?"  # from NumPy
         error.filename = str(path)  # a full disk does not name the file
         raise
     finally:
@@ -1938,6 +1939,7 @@ def user_path(name: str | Path) -> Path:
     fix = "must be on this computer; choose another name"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
     require("\0" not in str(name), f"{printable(str(name))}: no file can have this name")
+    require(os.fspath(name), "'': an empty name, as of a variable that is not set; give a name")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
@@ -2173,7 +2175,7 @@ TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
 
-URL = "(?i)[a-z][a-z0-9+.-]+:/"  # its beginning; a Path has only one slash
+URL = "(?i)[a-z][a-z0-9+.-]{1,40}:/"  # its beginning; a Path has only one slash
 
 
 def is_url(name: str) -> bool:
@@ -2504,7 +2506,7 @@ def text_error(source: Source, replace_errors: bool) -> UserError:
                 at = error.start
                 byte = error.object[at]
                 around = error.object[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
-                text = error.object[:at].decode(error.encoding, "replace")
+                text = error.object[:at].decode("latin-1")  # to count its line ends
             except UnicodeError:  # no place is known
                 break
             if at >= 0:
@@ -3004,9 +3006,12 @@ class RunFiles:
             unfinished = read_file(path, fix)
             require(unfinished.is_checkpoint, f"{path}: is a model, not a checkpoint; {fix}")
         if restart:
-            init = user_path(asked.get("init", ""))
-            is_apart = not (path.exists() and init.exists() and path.samefile(init))
-            require(is_apart, f"`init={path}`: `restart` would discard it; choose another `out`")
+            is_init = False
+            if "init" in asked and path.exists():
+                init = user_path(asked["init"])
+                is_init = init.exists() and path.samefile(init)
+            fix = "`restart` would discard it; choose another `out`"
+            require(not is_init, f"`init={path}`: {fix}")
             return None
         if out.exists():
             done = read_file(out, "choose another `out`").metadata
@@ -3069,7 +3074,10 @@ def saved_names(metadata: Metadata) -> list[str]:
         require(not is_remote, missing)
         path = os.path.expanduser(name)
         is_pattern = glob.has_magic(path) and not glob.has_magic(os.path.dirname(path))
-        is_here = name in BUILT_IN or os.path.exists(path) or (is_pattern and glob.glob(path))
+        is_here = name in BUILT_IN or os.path.exists(path)
+        if is_pattern and not is_here:
+            with suppress(ValueError):  # no file can have this name
+                is_here = bool(glob.glob(path))
         require(is_here, missing)
     return metadata.data.names
 
@@ -3118,7 +3126,7 @@ def make_plan(asked: dict, unfinished: SavedFile | None) -> Plan:
     if unfinished:
         shape = asdict(unfinished.metadata.config)
         training = unfinished.metadata.training
-    elif asked.get("init"):
+    elif "init" in asked:
         init = load(asked["init"], plain=True)
         shape = asdict(init.metadata.config)
         if diff := config_diff(asked, shape, "dropout"):
@@ -3237,10 +3245,13 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
     if data is None:
         return []
     if isinstance(data, (str, os.PathLike)):
-        return [str(data)]
+        data = [data]
     is_several = isinstance(data, Iterable) and not isinstance(data, bytes)
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
-    names = [str(name) for name in data]
+    names = []
+    for name in data:
+        is_file = isinstance(name, os.PathLike) and str(name) in ("-", *BUILT_IN)
+        names.append(f"./{name}" if is_file else str(name))  # else it would not mean the file
     require(names, "`data`: is empty; name a text, or leave it out for Sherlock Holmes")
     return names
 
@@ -3834,7 +3845,9 @@ def without_paths(metadata: Metadata) -> Metadata:
 
     def public(name: str) -> str:
         last = re.split(r"[/\\]", public_name(name).rstrip("/\\"))[-1]
-        return f"./{last}" if last in BUILT_IN and last != name else last  # not the built-in text
+        if last in BUILT_IN and last != name:  # not the built-in text
+            return f"./{last}"
+        return last or "text"
 
     training = dict(metadata.training)
     if training.get("init"):
@@ -3940,6 +3953,9 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     """Content of the files that transformers loads a model from, by name.  raises: UserError"""
     is_evaluated = model.metadata.validation_loss is not None
     require(is_evaluated, "this run has not been evaluated yet; train it for 50 steps or more")
+    is_id = license.isascii() and license.isprintable()
+    fix = "must be an identifier of the Hub, for example mit"
+    require(is_id, f"`license={printable(license)}`: {fix}")
     model = replace(model, metadata=without_paths(model.metadata))
     weights = {}
     for name, weight in model.network.named_parameters():
@@ -4024,6 +4040,8 @@ def export(
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
         is_apart = real_path(path) not in (source, source.parent)
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
+    is_export = not gguf or not gguf.name.endswith(SUFFIXES)
+    require(is_export, f"{gguf}: is the name of a model; choose one that ends in .gguf")
     is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
     require(is_folder and folder != gguf, f"{folder}: is not a folder; choose another name")
     contents = {}
@@ -4032,6 +4050,10 @@ def export(
         contents = {folder / name: content for name, content in files.items()}
     for path in [*contents, *filter(None, [gguf])]:
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
+    if folder and (folder / MODEL).exists():
+        is_trained = "wte.weight" in read_file(folder / MODEL, "choose another folder").tensors
+        fix = "is a trained model, which `force` does not replace; choose another folder"
+        require(not is_trained, f"{folder / MODEL}: {fix}")
     is_apart = not gguf or real_path(gguf) not in map(real_path, contents)
     require(is_apart, f"{gguf}: is a file of the folder; choose another name")
     for path, content in contents.items():
@@ -4053,9 +4075,13 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
     logging.set_verbosity_error()  # a server's warnings, with its control characters
     try:
         hub.utils.validate_repo_id(name)
+    except errors.HFValidationError:
+        fix = "must be USER/NAME, of letters, digits, '-', '_' and '.'"
+        raise UserError(f"{missing_name(name)}: {fix}") from None
+    try:
         # The token is never an option: other users see the command line.
         has_token = bool(hub.get_token())
-    except (errors.HFValidationError, OSError) as error:
+    except (OSError, ValueError) as error:  # a file that is not text
         raise UserError(f"{name}: not uploaded: {first_line(error)}") from None
     require(has_token, f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
     require_gpt2(model.network)
@@ -4112,6 +4138,8 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help"
         if message.startswith(("unrecognized", "argument --stop")):
             hint += f"; {DASHES}"
+        if message.startswith("unrecognized"):  # the value of --token is not shown
+            message = re.sub(r"(?s)( -[^\s=]+).*", r"\1", message)
         self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 
     def add_config(self, title: str, config: type, skip: Iterable[str] = ()) -> None:
@@ -4541,11 +4569,13 @@ def main(argv: list[str]) -> int:
     """Run a command: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
     try:
         prepare_streams()
-        command, args = parse_args(argv)
-        command.run(args)
+        try:
+            command, args = parse_args(argv)
+            command.run(args)
+        finally:
+            sys.stdout.flush()  # else a full disk would show only when Python ends
         return 0
     except BrokenPipeError:  # stdout was closed, for example by head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
@@ -4561,6 +4591,15 @@ def main(argv: list[str]) -> int:
     return 2
 
 
+def drop_unwritten() -> None:
+    """Drop what a stream cannot take; else Python would complain when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -4568,4 +4607,5 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: no traceback of the shutdown
+        drop_unwritten()
     sys.exit(status)

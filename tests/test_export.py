@@ -482,7 +482,10 @@ def test_push_errors(trained, hub, cli, dead, monkeypatch):
         assert TOKEN not in result.err
     hub.status = 200
     for name in ("a/b/c", "me/-tiny-", "me/ti ny", ""):
-        assert cli("push", name, *model).is_error(f"{name}: not uploaded")
+        assert cli("push", name, *model).is_error(f"{name}: must be USER/NAME")
+    result = cli("push", "user:secret@huggingface.co/me/x", *model)
+    assert result.is_error("must be USER/NAME") and "secret" not in result.err
+    assert cli("push", "me/tiny", "--license", "m\nit", *model).is_error("--license", "mit")
     assert cli("push", "me/tiny", "--model", "nowhere").is_error("nowhere: no such file")
     hub.private = False
     assert cli("push", "me/tiny", "--private", *model).is_error("public")
@@ -493,6 +496,8 @@ def test_push_errors(trained, hub, cli, dead, monkeypatch):
     assert cli("push", "me/tiny", *model).is_error("me/tiny", "offline", "HF_HUB_OFFLINE")
     monkeypatch.delenv("HF_TOKEN")
     assert cli("push", "me/tiny", *model).is_error("hf auth login", "HF_TOKEN")
+    Path("no-token").write_bytes(b"\xff")
+    assert cli("push", "me/tiny", *model).is_error("me/tiny: not uploaded")
     assert not hub.files
 
 

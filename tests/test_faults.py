@@ -13,6 +13,7 @@ import os
 import pty
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import termios
@@ -234,6 +235,19 @@ def test_nobody_reads_the_progress(where):
     stderr = os.open(where, os.O_WRONLY) if where.startswith("/") else writing
     result = Fork("train", *OPTIONS, stderr=stderr).result()
     assert result.status == 0 and anexagpt.load(MODEL).metadata.step == 24
+
+
+@pytest.mark.parametrize("stream, arguments", [("stdout", ["--help"]), ("stderr", ["info"])])
+def test_full_disk_under_the_output(tmp_path, stream, arguments):
+    """Catches the complaints of Python that end a process whose output cannot be written."""
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as streams[stream]:
+        command = [sys.executable, ROOT / "anexagpt.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, **streams)
+    assert done.returncode == 2 and not done.stdout
+    if stream == "stdout":
+        assert done.stderr == b"anexagpt.py: system: No space left on device\n"
 
 
 # ---- kills ---------------------------------------------------------------------------------------

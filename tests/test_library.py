@@ -39,6 +39,10 @@ def test_ways_to_name_a_text_and_a_device():
     by_path = train([Path("a.txt")], **SMALL)
     by_text = train(text=TEXT.replace("\n", "\r\n"), **SMALL)
     assert by_path.metadata.data.sha256 == by_text.metadata.data.sha256
+    Path("sherlock").write_text(TEXT)  # not the built-in text
+    assert train(Path("sherlock"), **SMALL).metadata.data == by_text.metadata.data._replace(
+        names=["./sherlock"]
+    )
     by_path.save("m.safetensors")
     tuned = train(text=TEXT, init=Path("m.safetensors"), **SMALL)
     assert tuned.metadata.training["init"] == "m.safetensors"

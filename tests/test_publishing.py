@@ -309,9 +309,37 @@ def test_export_through_a_link(cli):
     Path("x.gguf").symlink_to("mine.safetensors")
     for words in (["hf"], ["new", "--gguf", "x.gguf"]):
         assert cli("export", *words, "--force").is_error("link")
-    result = cli("export", "other", "--gguf", "other/model.safetensors", "--force")
+    result = cli("export", "other", "--gguf", "other/config.json", "--force")
     assert result.is_error("is a file of the folder")
     assert Path("mine.safetensors").read_bytes() == b"mine" and "other" not in str(names())
+
+
+def test_export_spares_models(cli):
+    """Catches export --force that replaces a finished model, a checkpoint or a foreign model."""
+    assert cli(*RUN, "--quiet", "--eval-interval", 8).status == 0
+    for place in ("done", "foreign"):
+        Path(place).mkdir()
+    trained = shutil.copy(MODEL, "done")
+    foreign = Path("foreign/model.safetensors")
+    foreign.write_bytes(b"foreign")
+    assert cli("export", "done", "--force").is_error("is a trained model", "another folder")
+    assert cli("export", "foreign", "--force").is_error("not a complete model", "another folder")
+    for name in ("new.safetensors", "model.safetensors.checkpoint"):
+        assert cli("export", "--gguf", name, "--force").is_error(name, ".gguf")
+    assert Path(trained).read_bytes() == MODEL.read_bytes() and foreign.read_bytes() == b"foreign"
+    for _ in range(2):
+        assert cli("export", "mine", "--force").status == 0
+
+
+def test_empty_names(cli):
+    """Catches an unset variable of the shell that means the current folder, or nothing at all."""
+    Path("README.md").write_text("mine")
+    for options in ("--init=", "--out=", "--tensorboard=", "--init= --restart"):
+        result = cli(*RUN, *options.split(), "--max-steps", 2)
+        assert result.is_error("empty name"), options
+    for command in ("chat", "info", "export", "generate x"):
+        assert cli(*command.split(), "").is_error(""), command
+    assert Path("README.md").read_text() == "mine" and names() == {"README.md", "prose.txt"}
 
 
 def test_file_that_appears_while_a_model_is_written(cli, monkeypatch):

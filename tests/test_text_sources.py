@@ -1,6 +1,7 @@
 """Text sources: files, folders, standard input, built-in texts and URLs, against texts written by
 hand. What was read is known by its SHA-256 in the model file; servers are on the loopback."""
 
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -121,6 +122,7 @@ NOT_TEXT = [
     (b"caf\xe9 noir" * 9, "utf-8", "--encoding"),
     (b"a" * 99 + b"\xe4\xb8", "utf-8", "--encoding"),  # ends within a character
     (b"\\ud800 " * 99, "unicode_escape", "--encoding"),
+    (b"a\\x zz" * 99, "unicode_escape", "byte 0x5c in line 1"),
     (b"abc" * 99, "utf-99", "--encoding utf-99"),
     ("\ufffd".encode() * 999, "utf-8", "0 characters"),
     (b"a" * 900 + "\ufffd".encode() * 100, "utf-8", "U+FFFD"),  # the last tenth
@@ -486,6 +488,11 @@ def test_names_that_the_shell_did_not_expand(cli, tmp_path, monkeypatch):
         assert cli("eval").status == 0
     Path("a.tex").unlink()
     assert cli("eval").is_error("text of the model, ~/*.tex, is not here")
+    model = anexagpt.load("model.safetensors")
+    data = model.metadata.data._replace(names=["x\0/*"])
+    model.metadata = dataclasses.replace(model.metadata, data=data)
+    model.save("model.safetensors")
+    assert cli("eval").is_error("text of the model", "is not here")
 
 
 def test_names_of_very_many_files(cli, monkeypatch):

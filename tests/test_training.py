@@ -467,6 +467,13 @@ def test_diverged(cli, tiny, rate, early):
         assert step < 1_000  # long before the end
 
 
+def test_diverged_from_the_start(cli, tiny):
+    """Catches a run that was never good, and goes on to its last step."""
+    options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", 10, "--max-steps", 100_000]
+    result = cli("train", tiny.parent / "prose.txt", *options, "--eval-interval", 200)
+    assert result.status == 2 and "diverged at step 1,000" in result.err
+
+
 def test_overfitting_is_noticed(cli, tmp_path):
     """Catches silence while a text is learnt by heart, and a model that is not the best one."""
     (tmp_path / "t.txt").write_text(prose(80))
