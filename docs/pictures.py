@@ -501,6 +501,20 @@ def n_parameters(network: anexagpt.GPT, name: str) -> int:
     return sum(p.numel() for p in network.get_submodule(name).parameters())
 
 
+def draw_stream(picture: Picture) -> None:
+    """The residual stream at the left of the network: a line that parts read and add to."""
+    x = 70
+    picture.line([(x, 135), (x, 600)], BLUE, 3)
+    upward = f'transform="rotate(-90 {x - 16} 330)"'
+    picture.text(x - 16, 330, "residual stream x (B, T, C)", BLUE, "middle", upward)
+    for y in (112, 158, 374, 522):  # what is added to it
+        picture.arrow((140, y), (x + 11, 135 if y < 200 else y), BLUE)
+    for y in (236, 430, 600):  # what reads it
+        picture.arrow((x, y), (138, y), BLUE)
+    for y in (135, 374, 522):
+        picture.plus(x, y)
+
+
 def draw_architecture() -> None:
     """The default network: what it computes, the shapes, the number of parameters."""
     config = GPTConfig(vocab_size=82)
@@ -536,29 +550,10 @@ def draw_architecture() -> None:
     picture.text(140, 208, f"block, {config.n_layer} times", GREY)
     picture.text(735, 208, f"{config.n_layer} × {per_block:,}", GREY, "end")
 
-    stream = 70  # where the residual stream runs down
-    picture.line([(stream, 135), (stream, 600)], BLUE, 3)
-    picture.text(stream - 16, 330, "residual stream x (B, T, C)", BLUE, "middle", 'class="up"')
-    picture.lines[-1] = picture.lines[-1].replace(
-        'class="up"', f'transform="rotate(-90 {stream - 16} 330)"'
-    )
-    for y in (112, 158, 374, 522):  # what is added to it
-        picture.arrow((140, y), (stream + 11, 135 if y < 200 else y), BLUE)
-    for y in (236, 430, 600):  # what reads it
-        picture.arrow((stream, y), (138, y), BLUE)
-    for y in (135, 374, 522):
-        picture.plus(stream, y)
-    for start, end in (
-        (66, 112),
-        (236, 282),
-        (282, 328),
-        (328, 374),
-        (430, 476),
-        (476, 522),
-        (600, 646),
-        (646, 692),
-    ):
-        picture.arrow((285, start + 17), (285, end - 19))
+    draw_stream(picture)
+    starts = (66, 236, 282, 328, 430, 476, 600, 646)  # of the arrows from one part to the next
+    for y in starts:
+        picture.arrow((285, y + 17), (285, y + 27))
     for y, part, name, shape, weights, place in rows:
         picture.lines.append(f'<a href="../new_architecture.md#{place}">')
         picture.frame(140, y - 17, 290, 34)
