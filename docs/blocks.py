@@ -28,18 +28,22 @@ class Result(NamedTuple):
 
     block: str
     language: str
-    told: str
-    found: str
+    expected: str
+    printed: str
     errors: str
 
 
 def pasted(block: str, console: code.InteractiveConsole) -> tuple[str, str]:
     """What a block prints, and its errors, when its lines are pasted into Python's prompt."""
-    printed, errors = io.StringIO(), io.StringIO()
+    printed = io.StringIO()
+    errors = io.StringIO()
+    needs_more = False
     with redirect_stdout(printed), redirect_stderr(errors):
-        if [console.push(line) for line in block.splitlines()][-1]:
+        for line in block.splitlines():
+            needs_more = console.push(line)
+        if needs_more:
             console.push("")
-    return re.sub("(?m)^<.* at 0x[0-9a-f]+>\n", "", printed.getvalue()), errors.getvalue()
+    return printed.getvalue(), errors.getvalue()
 
 
 def run(page: str) -> list[Result]:
@@ -49,9 +53,9 @@ def run(page: str) -> list[Result]:
     results = []
     for i, (_, language, block) in enumerate(blocks):
         if language == "python":
-            _, after, told = blocks[i + 1]
-            told = told if after.startswith("text") else ""
-            results.append(Result(block, after, told, *pasted(block, console)))
+            _, after, text = blocks[i + 1]
+            expected = text if after.startswith("text") else ""
+            results.append(Result(block, after, expected, *pasted(block, console)))
     return results
 
 
@@ -63,7 +67,7 @@ def with_outputs(page: str, results: list[Result]) -> str:
         if result.language.startswith("text"):
             start = f"```python\n{result.block}```\n\n```{result.language}\n"
             assert page.count(start) == 1
-            page = page.replace(f"{start}{result.told}```", f"{start}{result.found}```")
+            page = page.replace(f"{start}{result.expected}```", f"{start}{result.printed}```")
     return page
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -94,8 +94,7 @@ class Function:
     def __init__(self, rows, inputs, backward):
         self.children = list(flatten(flatten(map(attach, inputs))))
         # A dict serves as an ordered set: a fixed order keeps the results bit-equal.
-        self.next_functions = dict.fromkeys(map(operator.attrgetter("grad_fn"), self.children))
-        self.next_functions.pop(None, None)  # the grad_fn of leaves
+        self.next_functions = dict.fromkeys(c.grad_fn for c in self.children if c.grad_fn)
         self.outputs = attach(rows, self)
         self.backward = backward  # d(loss) / d(outputs) -> d(loss) / d(matrix) for each input
 
@@ -144,7 +143,7 @@ def attach(matrix, grad_fn=None):
     """A matrix of floats as Values computed by `grad_fn`; a matrix of Values as it is."""
     if has_values(matrix):
         return matrix
-    return [list(map(Value, row, repeat(grad_fn))) for row in matrix]
+    return [[Value(x, grad_fn) for x in row] for row in matrix]
 
 
 def detach(matrix):
@@ -410,7 +409,7 @@ def new_kv_cache(config):
 def gpt(ids, state_dict, config, kv_cache=None):  # (T,) -> (T, V)
     """Logits of the next token at every position: GPT-2's decoder.
 
-    Each operation handles all T positions at once (sequence parallelism). With a `kv_cache` the
+    Each operation handles all T positions of the sequence at once. With a `kv_cache` the
     ids continue those of earlier calls, and their keys and values are appended to it.
     """
 
@@ -440,7 +439,7 @@ def gpt(ids, state_dict, config, kv_cache=None):  # (T,) -> (T, V)
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015, algorithm 1)."""
+    """Adam (Kingma and Ba 2014, algorithm 1)."""
 
     def __init__(self, parameters, beta1=0.85, beta2=0.99, eps=1e-8):
         self.parameters = parameters
