@@ -3971,19 +3971,11 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     return files
 
 
-def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's visible character for each byte; bytes without one count up from U+0100."""
-    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable_bytes]
-    spelling = {byte: chr(byte) for byte in printable_bytes}
-    return spelling | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def gguf_entries(model: Model, name: str, half: bool) -> dict:
     """Key-value entries of a GGUF file, by the names of the writer's methods."""
     gguf = optional("gguf")
     config = model.network.config
-    spelling = bytes_to_unicode()
+    spelling = gguf.bytes_to_unicode()  # GPT-2's visible character for each byte
     tokens = ["".join(spelling[byte] for byte in c.encode()) for c in model.tokenizer.characters]
     merges = {}  # a character of several bytes is merged from them, one byte at a time
     for token in tokens:
