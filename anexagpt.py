@@ -2408,8 +2408,9 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
     path = user_path(name or "?")  # Path("") is the current folder
     if name.endswith(SUFFIXES):
-        fix = f"to fine-tune it, give a text and `init={missing_name(name)}`"
-        raise UserError(f"`data={missing_name(name)}`: is a model, not a text; {fix}")
+        shown = missing_name(name)
+        fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
+        raise UserError(f"`data={shown}`: is a model, not a text; {fix}")
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
@@ -4229,9 +4230,8 @@ def take_model(args: argparse.Namespace, words: list[str]) -> Path:
         raise UserError(f"unexpected argument '{missing_name(words[1])}'; give one model file")
     if not words:
         return args.model
-    other = vars(args).get("model", Path(MODEL))  # `run` lacks --model
-    is_only = other == Path(MODEL)
-    require(is_only, f"`model={other}`: {missing_name(words[0])} is given, too; drop one of them")
+    fix = f"{missing_name(words[0])} is given, too; drop one of them"
+    require(args.model == Path(MODEL), f"`model={args.model}`: {fix}")
     return user_path(words[0])
 
 
@@ -4319,13 +4319,6 @@ def cmd_run(args: argparse.Namespace) -> None:
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
     asked = check_settings(training_settings(args))
-    if len(args.words) == 1 and args.words[0].endswith(SUFFIXES):
-        defaults = vars(build_parser("run").parse_args([]))
-        given = {name for name, value in vars(args).items() if value != defaults.get(name)}
-        of_chat = {*vars(build_parser("chat").parse_args([])), *SampleConfig.__dataclass_fields__}
-        fix = f"to fine-tune it, `init={args.words[0]}` with a text and `out=FILE`"
-        require(given <= of_chat, f"{args.words[0]}: a model is opened, not trained; {fix}")
-        return cmd_chat(args)
     out = args.out
     names = args.data + args.words
     is_done = out.exists() and not args.restart
@@ -4498,13 +4491,14 @@ def overview() -> str:
 
 
 def check_words(words: list[str]) -> None:
-    """Arguments without a command must be texts or models.  raises: UserError"""
+    """Arguments without a command must be texts.  raises: UserError"""
     for word in words:
-        if word in COMMANDS and not os.path.exists(word):
-            raise UserError(f"'{word}': the command comes first, then the options")
+        shown = missing_name(word)
+        is_command = word in COMMANDS and not os.path.exists(word)
+        is_late = is_command or word.endswith(SUFFIXES)
+        require(not is_late, f"'{shown}': a command or a model comes first, then the options")
         is_text = word in BUILT_IN or word == "-" or "." in word or os.path.exists(word)
         names = ", ".join(COMMANDS)
-        shown = missing_name(word)
         require(is_text, f"'{shown}' is neither a command ({names}) nor a text file")
 
 
@@ -4517,6 +4511,8 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     is_named = bool(argv) and argv[0] in COMMANDS
     if is_named:
         name, *argv = argv
+    elif argv and argv[0].endswith(SUFFIXES):  # a model is opened
+        name = "chat"
     literal = []
     if "--" in argv:  # what follows is no option
         at = argv.index("--")

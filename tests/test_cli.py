@@ -340,12 +340,6 @@ def test_names_of_files_like_addresses(model, cli):
         assert cli("info", name).is_error(f"{name}: no such file", f"train --out {name}")
 
 
-def test_model_for_several_processes(model, cli, monkeypatch):
-    """Catches prompts of several ranks on one terminal."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli(model).is_error("torchrun", "train")
-
-
 def test_line_end_in_a_name(cli):
     """Catches an error of several lines for a file name that has a line end."""
     for command in ("info", "chat", "train --out"):
@@ -428,14 +422,9 @@ def test_command_after_the_options(model, cli):
     ("chat hello world", ["unexpected argument 'world'", "one model"]),
     ("chat model", ["model: no such file", ".safetensors"]),
     ("info a.safetensors.checkpoint", ["a.safetensors.checkpoint: no such file; check the name\n"]),
-    ("model.safetensors --data prose.txt", ["opened, not trained", "--init model.safetensors"]),
-    ("model.safetensors --restart", ["opened, not trained", "--out FILE"]),
-    ("model.safetensors --quiet", ["opened, not trained"]),
-    ("model.safetensors --tensorboard logs", ["opened, not trained"]),
-    ("model.safetensors --dtype float32", ["opened, not trained"]),
-    ("run model.safetensors --encoding latin-1", ["opened, not trained"]),
-    ("run model.safetensors --replace-errors", ["opened, not trained"]),
-    ("run model.safetensors --n-layer 7", ["opened, not trained"]),
+    ("model.safetensors --data prose.txt", ["anexagpt.py chat: unrecognized arguments: --data"]),
+    ("model.safetensors --restart", ["anexagpt.py chat: unrecognized arguments: --restart"]),
+    ("--quiet model.safetensors", ["a command or a model comes first"]),
     ("train -n-layer 1", ["-n-layer", "options begin with --"]),
     ("train --encoding locale prose.txt", ["--encoding locale", "unknown"]),
     ("train --encoding undefined prose.txt", ["--encoding undefined", "unknown"]),
