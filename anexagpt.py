@@ -1554,7 +1554,8 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
     random = torch.Generator().manual_seed(0)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     for T in (8, min(1_024, config.block_size)):  # a local attention differs in long contexts
-        q, k, v = torch.randn(3, 1, H, T, D, generator=random).to(network.device)
+        values = torch.randn(3, 1, H, T, D, generator=random, dtype=torch.float32)
+        q, k, v = values.to(network.device)
         expected = attention(q, k, v)
         result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
         if not torch.allclose(result, expected, atol=tolerance, rtol=tolerance):
@@ -1588,6 +1589,10 @@ class NumpyDecoder:
             self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
             self.blocks = [self.prepare(block) for block in network.h]
             self.head = self.fold(network.ln_f, network.wte.weight, 0.0)
+
+    def __reduce__(self):
+        """A copy, also by pickle, is prepared anew."""
+        return NumpyDecoder, (self.network,)
 
     @staticmethod
     def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[ndarray, ndarray]:
@@ -2101,7 +2106,7 @@ def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> 
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
     with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
-        network = GPT(metadata.config)
+        network = GPT(metadata.config).float()  # whatever the default dtype is
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
     found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
     wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
@@ -2234,7 +2239,8 @@ def cache_folder() -> Path:
 def is_intact(path: Path) -> bool:
     """Whether a stored download has the SHA-256 in the file beside it."""
     try:
-        return sha256_of(path) == path.with_suffix(".sha256").read_text().split()[0]
+        recorded = path.with_suffix(".sha256").read_text().split()[0]
+        return path.is_file() and sha256_of(path) == recorded
     except (OSError, ValueError, IndexError):
         return False
 
@@ -2320,7 +2326,7 @@ def fetch(url: str, path: Path, ending: str) -> None:
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
     bar = rich.progress.Progress(
-        console=plain_console(), transient=True, disable=not sys.stderr.isatty()
+        console=plain_console(), transient=True, disable=not on_terminal(sys.stderr)
     )
     with closing(response), publish(path) as temporary:
         with open(temporary, "xb") as file, bar:
@@ -2370,6 +2376,9 @@ def download(name: str) -> Path:
             reasons.append(f"{host}: {download_error(error)}")
         except (UserError, ValueError) as error:
             reasons.append(f"{host}: {error}")
+        except OSError as error:
+            fix = "make room, or start in another folder"
+            raise UserError(f"{path}: cannot be stored ({save_error(error)}); {fix}") from None
     fix = "try again, or give a text file"
     raise UserError(
         f"`data={public_name(name)}`: cannot be downloaded ({'; '.join(reasons)}); {fix}"
@@ -2666,16 +2675,27 @@ def first_line(error: Exception) -> str:
 
 def write_stdout(text: str) -> None:
     """Print generated text: as it is, but without control characters to a terminal."""
-    print(escape_control(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(escape_control(text) if on_terminal(sys.stdout) else text, end="", flush=True)
 
 
-def log(text: str = "") -> None:
-    """Print a message to stderr, wrapped to a terminal; of several ranks only rank 0 prints."""
-    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
-    if rank.isdecimal() and int(rank) > 0:
+def on_terminal(stream) -> bool:
+    """Whether it is a terminal; without a console, streams are None, or can only write."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def log(text: str = "", rank: str = "RANK") -> None:
+    """Print a message to stderr, wrapped to a terminal.
+
+    rank: of several processes only those print whose variable of this name is 0, by default one
+    """
+    number = os.environ.get(rank, "0") if "WORLD_SIZE" in os.environ else "0"
+    if sys.stderr is None or (number.isdecimal() and int(number) > 0):
         return
-    with suppress(OSError):  # the reader or the terminal has gone
-        if sys.stderr.isatty():
+    with suppress(AttributeError, OSError, ValueError):  # the reader or the terminal has gone
+        if on_terminal(sys.stderr):
             plain_console().print(escape_control(text))
         else:
             print(escape_control(text), file=sys.stderr, flush=True)
@@ -2732,7 +2752,7 @@ class ProgressDisplay:
         self.trainer = trainer
         self.is_shown = is_shown
         self.has_checkpoint = has_checkpoint
-        self.is_live = is_shown and (sys.stderr.isatty() or plain_console().is_jupyter)
+        self.is_live = is_shown and (on_terminal(sys.stderr) or plain_console().is_jupyter)
         self.started = time.monotonic()
         self.first_step = trainer.steps_done
         self.last_update = 0.0
@@ -3192,10 +3212,14 @@ def training_lock(out: Path) -> Iterator[None]:
 
 @contextmanager
 def training_state(device: torch.device) -> Iterator[None]:
-    """Faster malloc for a run; then its limits, random state and environment as before."""
+    """Gradients in float32 and faster malloc for a run; then the process is as before."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    names_before = set(os.environ)  # PyTorch adds a folder of its compiler
+    added = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys()  # by PyTorch
     with torch.random.fork_rng(devices), ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
@@ -3206,8 +3230,8 @@ def training_state(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            for name in set(os.environ) - names_before:
-                del os.environ[name]
+            for name in added:
+                os.environ.pop(name, None)
 
 
 def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
@@ -3297,6 +3321,7 @@ def train(
     names = text_names(data)
     require(text is None or not names, "`data` and `text`: give only one of them")
     selected, _ = select_device(device, dtype)
+    asked_dtype = {} if dtype == "auto" else {"dtype": str(dtype).removeprefix("torch.")}
     files = RunFiles(out) if out is not None else None
     with ExitStack() as stack:
         ctx = stack.enter_context(init_distributed(selected))
@@ -3308,7 +3333,7 @@ def train(
             if files and is_first:
                 stack.enter_context(training_lock(files.model.path))
             if files:
-                unfinished = files.find_checkpoint(asked, restart)
+                unfinished = files.find_checkpoint(asked_dtype | asked, restart)
             plan = make_plan(asked, unfinished)
             if text is not None:
                 corpus = Corpus.from_text(text)
@@ -3789,7 +3814,7 @@ def complete_line(event: prompt_toolkit.key_binding.KeyPressEvent) -> None:
 
 def prompt_reader() -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if not is_terminal or os.environ.get("TERM") == "dumb":
         return read_prompt
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
@@ -3814,7 +3839,7 @@ def prompt_reader() -> Callable[[], str]:
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
     )
-    return lambda: session.prompt().encode(errors="replace").decode()
+    return lambda: re.sub("[\ud800-\udfff]", UNKNOWN, session.prompt())  # undecodable bytes
 
 
 def chat_loop(model: Model, cfg: SampleConfig, load: Callable[[Path], Model]) -> None:
@@ -4121,7 +4146,7 @@ def as_options(message: str) -> str:
         option = f"--{option_name(match[1])}"
         return option if match[2] is None else f"{option} {match[2]}"
 
-    return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, message)
+    return re.sub(r"`(\w+)(?:=(.*?))?`(?=[:;,)]|\.?(?:\s|$))", spell, message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -4303,15 +4328,18 @@ def is_checkpoint_path(path: Path) -> bool:
 
 
 def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
-    """Whether these are the texts of a model; addresses may differ in what their names hide."""
-    shown = [public_name(name) for name in names]
-    if shown != m.data.names or not any(map(is_url, names)):
-        return shown == m.data.names
+    """Whether these are the texts of a model, whose names do not tell the query of an address."""
+    has_names = [public_name(name) for name in names] == m.data.names
+    is_url_of_model = has_names and any(map(is_url, names))
+    are_files = all(os.path.isfile(name) and name not in BUILT_IN for name in names)
+    if not is_url_of_model and (has_names or not are_files):
+        return has_names
     try:
         corpus = load_corpus(names, args.encoding, args.replace_errors)
-    except UserError as error:  # without a network the model can still be opened
-        log(f"NOTE: {as_options(str(error))}")
-        return True
+    except UserError as error:
+        if has_names:  # without a network the model can still be opened
+            log(f"NOTE: {as_options(str(error))}")
+        return has_names
     return corpus.info.sha256 == m.data.sha256
 
 
@@ -4555,6 +4583,7 @@ def explain_runtime_error(error: Exception) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Run a command: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
+    rank = ""  # each process tells of its own error
     try:
         prepare_streams()
         try:
@@ -4569,13 +4598,14 @@ def main(argv: list[str]) -> int:
         return 130
     except UserError as error:
         message = as_options(str(error))
+        rank = "LOCAL_RANK"  # all have the same: once on each machine
     except OSError as error:
         message = f"{printable(str(error.filename or 'system'))}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         message = explain_runtime_error(error)
         if message is None:
             raise
-    log(f"anexagpt.py: {printable(hide_secrets(message))}")
+    log(f"anexagpt.py: {printable(hide_secrets(message))}", rank)
     return 2
 
 

@@ -251,7 +251,10 @@ def test_plain_names(model, cli):
     assert cli("export", "--force", "hf", "bard.safetensors").status == 0
     assert cli("train", "diary.txt", *short, "letters", "--out", "a.safetensors").status == 0
     assert cli("run", *short, "diary.txt", stdin="the\n").out.startswith("the")
-    assert cli("diary.txt", stdin="red\n").out.startswith("red")
+    for name in ("diary.txt", "./diary.txt", Path.cwd() / "diary.txt"):
+        assert cli(name, stdin="red\n").out.startswith("red")
+    Path("other.txt").write_text(prose(200))
+    assert cli("other.txt").is_error("model.safetensors: already holds a model", "--out FILE")
     plus = ["a + b.txt", "c.txt"]
     for name in plus:
         Path(name).write_text(prose(100))
@@ -340,6 +343,18 @@ def test_names_of_files_like_addresses(model, cli):
         assert cli("info", name).is_error(f"{name}: no such file", f"train --out {name}")
 
 
+def test_errors_of_several_processes(cli, monkeypatch):
+    """Catches an error of a process with a higher rank that nobody sees, or sees twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for local_rank, n in (("0", 1), ("1", 0)):  # the first on its machine, and not
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        result = cli("info", "nowhere.safetensors")
+        assert result.status == 2 and result.err.count("no such file") == n
+    monkeypatch.setattr(anexagpt, "read_file", lambda path: open("/nowhere"))  # noqa: SIM115
+    assert cli("info", "x.safetensors").is_error("/nowhere: No such file")
+
+
 def test_line_end_in_a_name(cli):
     """Catches an error of several lines for a file name that has a line end."""
     for command in ("info", "chat", "train --out"):
@@ -381,6 +396,7 @@ def test_command_after_the_options(model, cli):
     ("train --learning-rate inf", ["--learning-rate inf"]),
     ("train --seed -1", ["--seed -1"]),
     ("train --data nowhere.txt", ["--data nowhere.txt", "sherlock"]),
+    ("train --data my`restart`.txt", ["--data my`restart`.txt: no such file"]),
     ("train --data prose.txt --encoding utf-99", ["--encoding utf-99"]),
     ("train --data prose.txt --block-size 4000", ["prose.txt", "40,010", "--block-size"]),
     ("train --data prose.txt --out .", ["--out ."]),
@@ -392,7 +408,6 @@ def test_command_after_the_options(model, cli):
     ("train --data model.safetensors", ["is a model", "--init model.safetensors"]),
     ("train --init model.safetensors --n-layer 2", ["--n-layer 1", "2"]),
     ("train prose.txt", ["model.safetensors", "already holds a model", "--out FILE", "--restart"]),
-    ("run --data prose.txt", ["model.safetensors", "already holds a model", "--out FILE"]),
     ("run --n-layer 2", ["model.safetensors", "--n-layer 1, not 2", "--out FILE", "--restart"]),
     ("run --top-p 1.5", ["--top-p 1.5"]),
     ("nonsense", ["nonsense", "generate"]),

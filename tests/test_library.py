@@ -1,10 +1,15 @@
 """The library: train() and Model from Python, in a thread, twice, and in a notebook."""
 
+import contextlib
+import copy
 import dataclasses
+import io
 import math
 import os
+import pickle
 import signal
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +102,12 @@ def test_stopped_and_resumed():
     model = train(text=TEXT, out="m.safetensors", should_stop=should_stop, **SMALL)
     assert model.metadata.step < 24 and model.path.name == "m.safetensors.checkpoint"
     assert model.generate("the", max_new=5)
+    with pytest.raises(UserError, match="with `dtype=float32`, not bfloat16; to resume"):
+        train(text=TEXT, out="m.safetensors", **SMALL | dict(dtype="bfloat16"))
     model = train(text=TEXT, out="m.safetensors", **SMALL)
     assert model.metadata.history == whole.metadata.history
     assert all(map(torch.equal, model.network.parameters(), whole.network.parameters()))
+    assert model.metadata.training["dtype"] == "float32"
     with pytest.raises(UserError, match=r"already holds a model.*`restart`.*`init=m\.safetensors`"):
         train(text=TEXT, out="m.safetensors", **SMALL)
     tuned = train(
@@ -206,6 +214,52 @@ def test_network_in_another_dtype(tiny, dtype):
     assert len(model.generate("the", max_new=5)) == 5
     model.save("m.safetensors")
     assert np.allclose(load("m.safetensors").next_characters("the"), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("state", ["no_grad", "inference_mode", "float64"])
+def test_state_of_the_caller(tiny, state):
+    """Catches a run without gradients, and a good file that is called broken, where the caller
+    has set PyTorch to something else."""
+    expected = train(text=TEXT, **SMALL)
+    with contextlib.ExitStack() as stack:
+        if state == "float64":
+            stack.callback(torch.set_default_dtype, torch.float32)
+            torch.set_default_dtype(torch.float64)
+        else:
+            stack.enter_context(getattr(torch, state)())
+        model = train(text=TEXT, **SMALL)
+        assert load(tiny).generate("the", max_new=9, seed=1)
+        assert torch.get_default_dtype() == (torch.float64 if state == "float64" else torch.float32)
+        assert torch.is_grad_enabled() == (state == "float64")
+    assert model.metadata == expected.metadata
+    assert all(map(torch.equal, model.network.parameters(), expected.network.parameters()))
+
+
+def test_environment_of_the_caller(monkeypatch):
+    """Catches a run that deletes variables which others have set meanwhile."""
+    monkeypatch.delenv("MINE", raising=False)
+    train(text=TEXT, should_stop=lambda: os.environ.update(MINE="1"), **SMALL)
+    assert os.environ["MINE"] == "1"
+
+
+@pytest.mark.parametrize("stream", [None, io.BytesIO(), "closed"])
+def test_without_a_console(monkeypatch, stream):
+    """Catches an AttributeError or ValueError for progress that nobody can see."""
+    if stream == "closed":
+        stream = io.StringIO()
+        stream.close()
+    elif stream:
+        stream = types.SimpleNamespace(write=lambda text: None, flush=lambda: None)
+    monkeypatch.setattr("sys.stderr", stream)
+    assert train(text=TEXT, **SMALL | dict(progress=True)).metadata.step == 24
+
+
+def test_copies_of_a_model(tiny):
+    """Catches a model that cannot be given to another process, or saved by PyTorch."""
+    model = load(tiny)
+    expected = model.generate("the", max_new=20, seed=1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.generate("the", max_new=20, seed=1) == expected
 
 
 def test_should_stop_without_an_answer():
