@@ -3321,7 +3321,6 @@ def train(
     names = text_names(data)
     require(text is None or not names, "`data` and `text`: give only one of them")
     selected, _ = select_device(device, dtype)
-    asked_dtype = {} if dtype == "auto" else {"dtype": str(dtype).removeprefix("torch.")}
     files = RunFiles(out) if out is not None else None
     with ExitStack() as stack:
         ctx = stack.enter_context(init_distributed(selected))
@@ -3333,7 +3332,7 @@ def train(
             if files and is_first:
                 stack.enter_context(training_lock(files.model.path))
             if files:
-                unfinished = files.find_checkpoint(asked_dtype | asked, restart)
+                unfinished = files.find_checkpoint(asked, restart)
             plan = make_plan(asked, unfinished)
             if text is not None:
                 corpus = Corpus.from_text(text)
