@@ -4534,9 +4534,8 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     if argv[:1] in (["-h"], ["--help"]):
         print(overview())
         raise SystemExit
-    name = "run"
-    is_named = bool(argv) and argv[0] in COMMANDS
-    if is_named:
+    name = None
+    if argv and argv[0] in COMMANDS:
         name, *argv = argv
     elif argv and argv[0].endswith(SUFFIXES):  # a model is opened
         name = "chat"
@@ -4548,11 +4547,11 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     for word in argv:
         is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse reads -nothing as -n othing
         require(not is_text, f"'{missing_name(word)}': options begin with --; {DASHES}")
-    args = build_parser(name).parse_intermixed_args(argv)
+    args = build_parser(name or "run").parse_intermixed_args(argv)
     args.words += literal
-    if not is_named:
+    if not name:
         check_words(args.words)
-    return COMMANDS[name], args
+    return COMMANDS[name or "run"], args
 
 
 def prepare_streams() -> None:

@@ -383,6 +383,13 @@ def test_command_after_the_options(model, cli):
     assert cli("--quiet", "train").is_error("'train'", "first")
 
 
+def test_model_as_the_command(model, cli):
+    """Catches a model that is not opened, or options of chat that are not those of the answer."""
+    result = cli(model, "--temperature", 0, "-n", 5, stdin="the\n")
+    answer = cli("chat", model, "--temperature", 0, "-n", 5, stdin="the\n")
+    assert result.status == 0 and "/help" in result.err and result.out == answer.out != ""
+
+
 # ---- errors ----
 
 
