@@ -961,6 +961,7 @@ class Trainer:
         cfg = self.cfg
         uniform = math.log(self.network.config.vocab_size)
         is_finite = math.isfinite(training_loss + validation_loss) and weights_are_sane(self.ema)
+        # Worse than a uniform guess is normal in the first steps only.
         is_late = self.best_loss < uniform or self.steps_done >= min(1_000, cfg.max_steps)
         # Only validation loss is high where that part is in another language.
         is_worse = min(training_loss, validation_loss) > 1.1 * uniform
@@ -1567,6 +1568,11 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
     return True
 
 
+def as_float32(tensor: Tensor) -> ndarray:
+    """A tensor of any dtype and device for NumPy, which has no bfloat16."""
+    return tensor.to("cpu", torch.float32).numpy()
+
+
 CHANGED = "the network was changed; using the plain version."
 
 
@@ -1585,8 +1591,8 @@ class NumpyDecoder:
         self.is_equal = True  # to the plain function
         self.caches = weakref.WeakSet()  # those of the texts for which it was compared
         with torch.no_grad():
-            self.wte = (network.wte.weight - network.wte.weight.mean(1, keepdim=True)).numpy()
-            self.wpe = (network.wpe.weight - network.wpe.weight.mean(1, keepdim=True)).numpy()
+            self.wte = as_float32(network.wte.weight - network.wte.weight.mean(1, keepdim=True))
+            self.wpe = as_float32(network.wpe.weight - network.wpe.weight.mean(1, keepdim=True))
             self.blocks = [self.prepare(block) for block in network.h]
             self.head = self.fold(network.ln_f, network.wte.weight, 0.0)
 
@@ -1597,13 +1603,13 @@ class NumpyDecoder:
     @staticmethod
     def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[ndarray, ndarray]:
         """Matrix and bias of a linear layer that follows a LayerNorm."""
-        return (weight * norm.weight).numpy(), (weight @ norm.bias + bias).numpy()
+        return as_float32(weight * norm.weight), as_float32(weight @ norm.bias + bias)
 
     @staticmethod
     def center(linear: nn.Linear) -> tuple[ndarray, ndarray]:
         """Matrix and bias of a linear layer whose output is moved to mean zero."""
         weight = linear.weight - linear.weight.mean(0)
-        return weight.numpy(), (linear.bias - linear.bias.mean()).numpy()
+        return as_float32(weight), as_float32(linear.bias - linear.bias.mean())
 
     def prepare(self, block: Block) -> tuple[ndarray, ...]:
         attn, mlp = block.attn, block.mlp
@@ -1899,7 +1905,7 @@ def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Itera
             raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
     except OSError as error:
-        error.strerror = error.strerror or f"{error}: is the disk full?"  # from NumPy
+        error.strerror = error.strerror or f"{error}: is the disk full?"  # NumPy's errors have none
         error.filename = str(path)  # a full disk does not name the file
         raise
     finally:
@@ -1944,7 +1950,7 @@ def user_path(name: str | Path) -> Path:
     fix = "must be on this computer; choose another name"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
     require("\0" not in str(name), f"{printable(str(name))}: no file can have this name")
-    require(os.fspath(name), "'': an empty name, as of a variable that is not set; give a name")
+    require(os.fspath(name), "'': is an empty name, perhaps from an unset variable; give a name")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
@@ -2090,7 +2096,9 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
     raise UserError(f"{path}: not a complete model of Anexa: {reason}; {fix}")
 
 
-def load(path: str | Path = MODEL, device: str = "cpu", plain: bool = False) -> Model:
+def load(
+    path: str | Path = MODEL, device: str | torch.device = "cpu", plain: bool = False
+) -> Model:
     """The model in a model file, in an exported one, or in a checkpoint.  raises: UserError
 
     Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
@@ -2180,7 +2188,8 @@ TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
 
-URL = "(?i)[a-z][a-z0-9+.-]{1,40}:/"  # its beginning; a Path has only one slash
+# The beginning of an address; a Path has only one slash. Without a limit long words take seconds.
+URL = "(?i)[a-z][a-z0-9+.-]{1,40}:/"
 
 
 def is_url(name: str) -> bool:
@@ -2376,9 +2385,10 @@ def download(name: str) -> Path:
             reasons.append(f"{host}: {download_error(error)}")
         except (UserError, ValueError) as error:
             reasons.append(f"{host}: {error}")
-        except OSError as error:
+        except OSError as error:  # not a UserError, after which another text would be used
             fix = "make room, or start in another folder"
-            raise UserError(f"{path}: cannot be stored ({save_error(error)}); {fix}") from None
+            error.strerror = f"cannot be stored ({save_error(error)}); {fix}"
+            raise
     fix = "try again, or give a text file"
     raise UserError(
         f"`data={public_name(name)}`: cannot be downloaded ({'; '.join(reasons)}); {fix}"
@@ -2416,10 +2426,6 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     rule = "only http:// and https:// addresses can be downloaded"
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
     path = user_path(name or "?")  # Path("") is the current folder
-    if name.endswith(SUFFIXES):
-        shown = missing_name(name)
-        fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
-        raise UserError(f"`data={shown}`: is a model, not a text; {fix}")
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
@@ -2686,15 +2692,16 @@ def on_terminal(stream) -> bool:
         return False
 
 
-def log(text: str = "", rank: str = "RANK") -> None:
+def log(text: str = "", rank_variable: str = "RANK") -> None:
     """Print a message to stderr, wrapped to a terminal.
 
-    rank: of several processes only those print whose variable of this name is 0, by default one
+    rank_variable: under torchrun only processes where it is 0 print. RANK is 0 in one process,
+        LOCAL_RANK in one per machine; "" stands for every process.
     """
-    number = os.environ.get(rank, "0") if "WORLD_SIZE" in os.environ else "0"
-    if sys.stderr is None or (number.isdecimal() and int(number) > 0):
+    rank = os.environ.get(rank_variable, "0") if "WORLD_SIZE" in os.environ else "0"
+    if sys.stderr is None or (rank.isdecimal() and int(rank) > 0):
         return
-    with suppress(AttributeError, OSError, ValueError):  # the reader or the terminal has gone
+    with suppress(OSError, ValueError):  # the reader or the terminal has gone, or it is closed
         if on_terminal(sys.stderr):
             plain_console().print(escape_control(text))
         else:
@@ -2937,7 +2944,7 @@ def select_device(
     device: str | torch.device, dtype: str | torch.dtype = "auto"
 ) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for their names or "auto".  raises: UserError if it is missing"""
-    device = str(device)
+    device = str(device).removesuffix(":0")  # a tensor's device has an index
     dtype = str(dtype).removeprefix("torch.")
     usable = ["cpu"]
     if torch.backends.mps.is_available():
@@ -2961,7 +2968,8 @@ def select_device(
 def check_settings(settings: dict) -> dict:
     """The settings that were asked for; a size stands for four.  raises: UserError"""
     settings = {name: plain_value(value) for name, value in settings.items()}
-    if isinstance(settings.get("init"), Path):
+    if isinstance(settings.get("init"), (str, Path)):
+        user_path(settings["init"])  # an empty name, for example, is an error
         settings["init"] = str(settings["init"])
     size = settings.pop("size", None)
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
@@ -3212,7 +3220,7 @@ def training_lock(out: Path) -> Iterator[None]:
 
 @contextmanager
 def training_state(device: torch.device) -> Iterator[None]:
-    """Gradients in float32 and faster malloc for a run; then the process is as before."""
+    """Gradients, float32 and a faster malloc for a run; then the process is as before."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     added = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys()  # by PyTorch
     with torch.random.fork_rng(devices), ExitStack() as stack:
@@ -3277,6 +3285,10 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
     for name in data:
         is_file = isinstance(name, os.PathLike) and str(name) in ("-", *BUILT_IN)
         names.append(f"./{name}" if is_file else str(name))  # else it would not mean the file
+        shown = missing_name(name)
+        fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
+        is_model = str(name).endswith(SUFFIXES)
+        require(not is_model, f"`data={shown}`: is a model, not a text; {fix}")
     require(names, "`data`: is empty; name a text, or leave it out for Sherlock Holmes")
     return names
 
@@ -3296,8 +3308,8 @@ def train(
     *,
     text: str | None = None,
     out: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     encoding: str = "utf-8",
     replace_errors: bool = False,
     restart: bool = False,
@@ -3986,7 +3998,7 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     for name, weight in model.network.named_parameters():
         if name.startswith("h."):  # transformers stores matrices as (in, out), ours are (out, in)
             weight = weight.t()
-        weights[f"transformer.{name}"] = weight.detach().cpu().contiguous()
+        weights[f"transformer.{name}"] = weight.detach().to("cpu", torch.float32).contiguous()
     files = {
         MODEL: safetensors.torch.save(weights, model.metadata.to_header()),
         "README.md": model_card(model, title, license).encode(),
@@ -4042,7 +4054,7 @@ def require_gpt2(network: GPT) -> None:
     """raises: UserError if the network was changed: other programs would compute something else"""
     fix = "export with the program that it was before, or use it from Python"
     message = f"this network is not GPT-2's, which other programs compute; {fix}"
-    require(gpt2_decoder(copy.deepcopy(network).cpu().eval()), message)
+    require(gpt2_decoder(copy.deepcopy(network).cpu().float().eval()), message)
 
 
 def export(
@@ -4145,7 +4157,8 @@ def as_options(message: str) -> str:
         option = f"--{option_name(match[1])}"
         return option if match[2] is None else f"{option} {match[2]}"
 
-    return re.sub(r"`(\w+)(?:=(.*?))?`(?=[:;,)]|\.?(?:\s|$))", spell, message)
+    end = r"`(?=[:;,)]|\.?(?:\s|$))"  # a value may have backquotes of its own
+    return re.sub(rf"`(\w+)(?:=(.*?))?{end}", spell, message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -4327,11 +4340,15 @@ def is_checkpoint_path(path: Path) -> bool:
 
 
 def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
-    """Whether these are the texts of a model, whose names do not tell the query of an address."""
+    """Whether these are the texts of a model: by their names, or else by their content.
+
+    The names of addresses are saved without their queries, and a file has several names.
+    """
     has_names = [public_name(name) for name in names] == m.data.names
-    is_url_of_model = has_names and any(map(is_url, names))
+    has_address = any(map(is_url, names))
     are_files = all(os.path.isfile(name) and name not in BUILT_IN for name in names)
-    if not is_url_of_model and (has_names or not are_files):
+    must_read = has_address if has_names else are_files
+    if not must_read:
         return has_names
     try:
         corpus = load_corpus(names, args.encoding, args.replace_errors)
@@ -4342,12 +4359,17 @@ def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
     return corpus.info.sha256 == m.data.sha256
 
 
-def cmd_run(args: argparse.Namespace) -> None:
+def refuse_torchrun() -> None:
+    """raises: UserError under torchrun"""
     if "WORLD_SIZE" in os.environ:
         raise UserError("torchrun: several processes can train but not chat; use the command train")
+
+
+def cmd_run(args: argparse.Namespace) -> None:
+    refuse_torchrun()
     asked = check_settings(training_settings(args))
     out = args.out
-    names = args.data + args.words
+    names = text_names(args.data + args.words or None)
     is_done = out.exists() and not args.restart
     if is_done:
         m = read_file(out, "choose another `out`").metadata
@@ -4362,6 +4384,7 @@ def cmd_run(args: argparse.Namespace) -> None:
 
 
 def cmd_chat(args: argparse.Namespace) -> None:
+    refuse_torchrun()
     sampling = sampling_settings(args)
     path = take_model(args, args.words)
     model = load_model(path, args)
@@ -4417,7 +4440,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
     texts = args.data + [word for word in args.words if word not in models]
     model = load_model(take_model(args, models), args, one_text=False)
     _, dtype = select_device(args.device, args.dtype)
-    names = texts or saved_names(model.metadata)
+    names = text_names(texts or saved_names(model.metadata))
     corpus = load_corpus(names, args.encoding, args.replace_errors)
     part = "whole text"
     ids = corpus.ids
@@ -4581,7 +4604,7 @@ def explain_runtime_error(error: Exception) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Run a command: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
-    rank = ""  # each process tells of its own error
+    rank_variable = ""  # every process reports its own error
     try:
         prepare_streams()
         try:
@@ -4596,14 +4619,14 @@ def main(argv: list[str]) -> int:
         return 130
     except UserError as error:
         message = as_options(str(error))
-        rank = "LOCAL_RANK"  # all have the same: once on each machine
+        rank_variable = "LOCAL_RANK"  # all ranks raise the same: once per machine is enough
     except OSError as error:
         message = f"{printable(str(error.filename or 'system'))}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         message = explain_runtime_error(error)
         if message is None:
             raise
-    log(f"anexagpt.py: {printable(hide_secrets(message))}", rank)
+    log(f"anexagpt.py: {printable(hide_secrets(message))}", rank_variable)
     return 2
 
 

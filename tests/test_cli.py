@@ -343,7 +343,7 @@ def test_names_of_files_like_addresses(model, cli):
         assert cli("info", name).is_error(f"{name}: no such file", f"train --out {name}")
 
 
-def test_errors_of_several_processes(cli, monkeypatch):
+def test_errors_of_several_processes(model, cli, monkeypatch):
     """Catches an error of a process with a higher rank that nobody sees, or sees twice."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -351,6 +351,9 @@ def test_errors_of_several_processes(cli, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         result = cli("info", "nowhere.safetensors")
         assert result.status == 2 and result.err.count("no such file") == n
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli(model).is_error("torchrun", "use the command train")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(anexagpt, "read_file", lambda path: open("/nowhere"))  # noqa: SIM115
     assert cli("info", "x.safetensors").is_error("/nowhere: No such file")
 
@@ -412,6 +415,7 @@ def test_model_as_the_command(model, cli):
     ("train --init nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
     ("train --init prose.txt", ["prose.txt", "not a complete model"]),
     ("train prose.txt --init model.safetensors", ["no --init, not model.safetensors"]),
+    ("run model.safetensors", ["is a model, not a text", "chat opens it"]),
     ("train --data model.safetensors", ["is a model", "--init model.safetensors"]),
     ("train --init model.safetensors --n-layer 2", ["--n-layer 1", "2"]),
     ("train prose.txt", ["model.safetensors", "already holds a model", "--out FILE", "--restart"]),

@@ -209,8 +209,11 @@ def test_network_in_another_dtype(tiny, dtype):
     model.network.to(dtype)
     assert np.allclose(model.next_characters("the"), expected, atol=0.02)
     assert len(model.generate("the", max_new=5)) == 5
+    assert len(copy.deepcopy(model).generate("the", max_new=5)) == 5
     model.save("m.safetensors")
-    assert np.allclose(load("m.safetensors").next_characters("the"), expected, atol=0.02)
+    anexagpt.export(model, Path("hf"), None, "mit", half=False, force=False)
+    for path in ("m.safetensors", "hf/model.safetensors"):
+        assert np.allclose(load(path).next_characters("the"), expected, atol=0.02)
 
 
 @pytest.mark.parametrize("state", ["no_grad", "inference_mode", "float64"])
@@ -239,15 +242,14 @@ def test_environment_of_the_caller(monkeypatch):
     assert os.environ["MINE"] == "1"
 
 
-@pytest.mark.parametrize("stream", [None, io.BytesIO(), "closed"])
+@pytest.mark.parametrize("stream", ["none", "write-only", "closed"])
 def test_without_a_console(monkeypatch, stream):
     """Catches an AttributeError or ValueError for progress that nobody can see."""
-    if stream == "closed":
-        stream = io.StringIO()
-        stream.close()
-    elif stream:
-        stream = types.SimpleNamespace(write=lambda text: None, flush=lambda: None)
-    monkeypatch.setattr("sys.stderr", stream)
+    closed = io.StringIO()
+    closed.close()
+    write_only = types.SimpleNamespace(write=lambda text: None, flush=lambda: None)
+    streams = {"none": None, "write-only": write_only, "closed": closed}
+    monkeypatch.setattr("sys.stderr", streams[stream])
     assert train(text=TEXT, **SMALL | dict(progress=True)).metadata.step == 24
 
 

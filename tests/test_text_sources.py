@@ -2,6 +2,7 @@
 hand. What was read is known by its SHA-256 in the model file; servers are on the loopback."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import os
@@ -512,6 +513,18 @@ def test_no_room_for_a_long_text(cli, monkeypatch):
     monkeypatch.setattr(anexagpt, "LONG_TEXT", 1)
     Path("a.txt").write_text(prose(9_000))
     assert cli("train", "a.txt", *SMALL).is_error("ids of the text cannot be stored", "make room")
+
+
+def test_no_room_for_a_download(cli, monkeypatch):
+    """Catches a full disk after which another text is used."""
+
+    def fetch(url, path, ending):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(anexagpt, "fetch", fetch)
+    result = cli("train", *SMALL)
+    assert result.status == 2 and "python-docs" not in result.err
+    assert "cannot be stored (No space left on device); make room" in result.err
 
 
 def test_secrets_of_an_address(cli, server):
