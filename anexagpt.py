@@ -1856,6 +1856,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 
 MODEL = "model.safetensors"
 CHECKPOINT_SUFFIX = ".checkpoint"
+SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
 MAX_HEADER = 8 << 20  # bytes
 MAX_NUMBER = 10**15  # of steps, losses and characters in a header
 
@@ -4138,7 +4139,6 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 # ---- command line --------------------------------------------------------------------------------
 # It parses, calls the library, and prints.
 
-SUFFIXES = (".safetensors", CHECKPOINT_SUFFIX)  # of models
 DASHES = "a text that begins with - goes last, after --, for example: -- -text, or after --stop="
 
 
