@@ -470,6 +470,7 @@ def test_diverged(cli, tiny, rate, early):
 def test_diverged_from_the_start(cli, tiny):
     """Catches a run that was never good, and goes on to its last step."""
     options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", 10, "--max-steps", 100_000]
+    options += ["--n-embd", 8, "--batch-size", 2]
     result = cli("train", tiny.parent / "prose.txt", *options, "--eval-interval", 200)
     assert result.status == 2 and "diverged at step 1,000" in result.err
 
