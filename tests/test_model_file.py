@@ -186,9 +186,9 @@ def test_huge_headers(tiny, cli):
     refused(cli, path)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
-    craft(tiny, dict(history=[[i, 1, 1] for i in range(1, 400_000)]))  # 6 MB
+    craft(tiny, dict(history=[[i, 1, 1] for i in range(1, 200_000)]))  # 3 MB
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)  # noqa: E731
     for command in (["info"], ["generate", "a", "-k", 8, "-n", 2]):
         result = Fork(*command, "--model", path, prepare=limit).result()
         assert result.status in (0, 2) and not any(w in result.err for w in ("memory", "Trace"))
