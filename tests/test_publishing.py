@@ -331,6 +331,19 @@ def test_export_spares_models(cli):
         assert cli("export", "mine", "--force").status == 0
 
 
+def test_full_disk_without_a_number(cli, monkeypatch):
+    """Catches "[Errno None] None" where NumPy reports a full disk in words of its own."""
+
+    def fail(*_):
+        raise OSError("4544 requested and 512 written")
+
+    assert cli(*RUN, "--quiet", "--eval-interval", 8).status == 0
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", fail)
+    result = cli("export", "--gguf", "x.gguf")
+    assert result.is_error("x.gguf: 4544 requested and 512 written: is the disk full?")
+    assert not Path("x.gguf").exists()
+
+
 def test_empty_names(cli):
     """Catches an unset variable of the shell that means the current folder, or nothing at all."""
     Path("README.md").write_text("mine")
