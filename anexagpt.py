@@ -3284,12 +3284,12 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
     names = []
     for name in data:
-        is_file = isinstance(name, os.PathLike) and str(name) in ("-", *BUILT_IN)
-        names.append(f"./{name}" if is_file else str(name))  # else it would not mean the file
         shown = missing_name(name)
         fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
         is_model = str(name).endswith(SUFFIXES)
         require(not is_model, f"`data={shown}`: is a model, not a text; {fix}")
+        is_ambiguous = isinstance(name, os.PathLike) and str(name) in ("-", *BUILT_IN)
+        names.append(f"./{name}" if is_ambiguous else str(name))  # a Path means a file
     require(names, "`data`: is empty; name a text, or leave it out for Sherlock Holmes")
     return names
 
@@ -3367,7 +3367,8 @@ def train(
             board = TensorBoard(tensorboard, trainer.steps_done + 1)
         if files and is_first:  # nothing can fail any more: an old checkpoint goes
             files.begin(trainer)
-        display = ProgressDisplay(trainer, progress and is_first, files is not None, board)
+        is_shown = progress and is_first
+        display = ProgressDisplay(trainer, is_shown, has_checkpoint=files is not None, board=board)
         stack.enter_context(closing(display))
         model = run_training(trainer, files, ctx, display, should_stop)
     if not plain:
@@ -4070,8 +4071,8 @@ def export(
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
         is_apart = real_path(path) not in (source, source.parent)
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
-    is_export = not gguf or not gguf.name.endswith(SUFFIXES)
-    require(is_export, f"{gguf}: is the name of a model; choose one that ends in .gguf")
+    is_model = gguf and gguf.name.endswith(SUFFIXES)
+    require(not is_model, f"{gguf}: is the name of a model; choose one that ends in .gguf")
     is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
     require(is_folder and folder != gguf, f"{folder}: is not a folder; choose another name")
     contents = {}
@@ -4168,7 +4169,7 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help"
         if message.startswith(("unrecognized", "argument --stop")):
             hint += f"; {DASHES}"
-        if message.startswith("unrecognized"):  # the value of --token is not shown
+        if message.startswith("unrecognized"):  # up to the first option: a value may be a token
             message = re.sub(r"(?s)( -[^\s=]+).*", r"\1", message)
         self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 
