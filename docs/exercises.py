@@ -33,8 +33,12 @@ TEXT = reference.tokenizer.decode(reference.ids[:100_000])
 CONFIG = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
-def make_trainer(text: str = TEXT, steps: int = 300, config: GPTConfig = CONFIG) -> Trainer:
-    cfg = TrainConfig(max_steps=steps, eval_interval=steps // 10, batch_size=8, dropout=0.0, seed=1)
+def make_trainer(
+    text: str = TEXT, steps: int = 300, config: GPTConfig = CONFIG, eval_interval: int = 150
+) -> Trainer:
+    cfg = TrainConfig(
+        max_steps=steps, eval_interval=eval_interval, batch_size=8, dropout=0.0, seed=1
+    )
     return Trainer(Corpus.from_text(text), config, cfg)
 
 
@@ -176,7 +180,7 @@ def residual() -> None:
 
 def overfit() -> None:
     """A short text is memorized: validation loss rises while training loss goes on falling."""
-    trainer = make_trainer(TEXT[:2_000], steps=450)
+    trainer = make_trainer(TEXT[:2_000], steps=450, eval_interval=45)
     trainer.fit()
     for step, training, validation in trainer.history:
         print(f"step {step:3}: training loss {training:.2f}, validation loss {validation:.2f}")

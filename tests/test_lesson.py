@@ -20,6 +20,7 @@ from anexagpt import MLP, Corpus, GPTConfig, KVCache, SampleConfig, TrainConfig,
 SOURCE = (ROOT / "anexagpt.py").read_text(encoding="utf-8")
 LESSON = SOURCE[: SOURCE.index("# The complete GPT ends here")]
 SHAPE = dict(n_layer=2, n_head=2, n_embd=64, block_size=32)
+ONE_BLOCK = SHAPE | dict(n_layer=1)
 RUN = dict(max_steps=200, batch_size=8, eval_interval=200, seed=3)
 
 ALONE = f"""
@@ -29,7 +30,7 @@ import torch
 import lesson
 torch.set_num_threads(1)
 corpus = lesson.Corpus.from_text(Path("book.txt").read_text(encoding="utf-8"))
-config = lesson.GPTConfig(**{SHAPE})
+config = lesson.GPTConfig(**{ONE_BLOCK})
 trainer = lesson.Trainer(corpus, config, lesson.TrainConfig(**{RUN}))
 trainer.fit(on_evaluation=lambda trainer: print(trainer.history[-1].validation_loss))
 model = trainer.best_model()
@@ -51,7 +52,7 @@ def test_the_lesson_stands_alone(tmp_path, sherlock):
     assert result.status == 0, result.err
     assert float(result.out.split()[-1]) < 2.44  # a bigram model's loss on this text
     settings = dict(device="cpu", dtype="float32", plain=True, progress=False)
-    model = anexagpt.train(text=text, **settings, **SHAPE, **RUN)
+    model = anexagpt.train(text=text, **settings, **ONE_BLOCK, **RUN)
     expected = load_file(tmp_path / "lesson.safetensors")
     for name, weight in model.network.named_parameters():
         assert torch.equal(weight, expected[name]), name
