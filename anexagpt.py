@@ -117,6 +117,16 @@ def require(condition, message: str) -> None:
         raise UserError(message)
 
 
+def spell_out(c: str) -> str:
+    r"""A character as an escape sequence: \n or \u200b."""
+    return c.encode("unicode_escape", "surrogatepass").decode()
+
+
+def printable(text: str) -> str:
+    """`text` with line ends and other invisible characters spelled out."""
+    return "".join(c if c.isprintable() else spell_out(c) for c in text)
+
+
 def option(default, help=None, low=None, high=None):
     """Dataclass field with limits; one with a help text is also a command-line option."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -142,12 +152,14 @@ class Config:
     def __post_init__(self):
         for setting in fields(self):
             value = plain_value(getattr(self, setting.name))
-            self.check(setting.name, value, **setting.metadata)
+            self.check(setting.name, value)
             object.__setattr__(self, setting.name, value)  # although it is frozen
 
     @classmethod
-    def check(cls, name: str, value, help, low, high) -> None:
+    def check(cls, name: str, value) -> None:
         """raises: UserError unless `value` has the type and is within the limits of the field"""
+        limits = cls.__dataclass_fields__[name].metadata
+        low, high = limits["low"], limits["high"]
         types = field_types(cls, name)
         rule = TYPE_NAMES[types[0]]
         if float in types:
@@ -650,11 +662,10 @@ class Muon:
             names_by_shape.setdefault(self.group_shape(weight), []).append(name)
         for (rows, columns), names in names_by_shape.items():
             stack = [weights[name] for name in names]
-            lengths = [len(weight) for weight in stack]
-            momentum = stack[0].new_zeros(sum(lengths) // rows, rows, columns)
+            n_groups = sum(map(len, stack)) // rows
+            momentum = stack[0].new_zeros(n_groups, rows, columns)
             self.stacks.append((stack, momentum))
-            parts = momentum.flatten(0, 1).split(lengths)
-            self.momentum |= zip(names, parts, strict=True)
+            self.momentum |= zip(names, self.unstack(momentum, stack), strict=True)
 
     @staticmethod
     def group_shape(weight: Tensor) -> tuple[int, int]:
@@ -662,6 +673,11 @@ class Muon:
         if rows > columns:
             rows = columns // 2 if columns % 2 == 0 else columns
         return rows, columns
+
+    @staticmethod
+    def unstack(stack: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        """Views of a stack (N, rows, columns), one per weight, of its shape."""
+        return stack.flatten(0, 1).split([len(weight) for weight in weights])
 
     @torch.no_grad()
     def step(self, scale: Tensor, is_update: bool = True) -> None:
@@ -678,10 +694,8 @@ class Muon:
             if not is_update:
                 continue
             nesterov_grad = grad.lerp_(momentum, self.beta)  # (N, rows, columns)
-            update = newton_schulz(nesterov_grad.to(self.dtype))
-            lengths = [len(weight) for weight in weights]
-            parts = update.float().flatten(0, 1).split(lengths)  # one per weight, of its shape
-            for weight, part in zip(weights, parts, strict=True):
+            update = newton_schulz(nesterov_grad.to(self.dtype)).float()
+            for weight, part in zip(weights, self.unstack(update, weights), strict=True):
                 weight.mul_(decay).addcmul_(part, minus_lr)
 
 
@@ -707,7 +721,7 @@ class Corpus(NamedTuple):
     ids: ndarray  # (N,)
 
     @classmethod
-    def from_text(cls, text: str, name: str = "text") -> Corpus:
+    def from_text(cls, text: str) -> Corpus:
         """raises: UserError for a lone surrogate, such as surrogateescape leaves"""
         text = unify_newlines(text)
         try:
@@ -715,9 +729,9 @@ class Corpus(NamedTuple):
         except UnicodeEncodeError as error:
             found = f"{spell_out(text[error.start])} at {error.start:,} is a lone surrogate"
             fix = "decode the text with its real encoding, or errors='replace'"
-            raise UserError(f"`{name}`: {found}; {fix}") from None
+            raise UserError(f"`text`: {found}; {fix}") from None
         tokenizer = Tokenizer(build_vocab(text))
-        return cls(TextInfo([name], sha256, len(text)), tokenizer, tokenizer.encode(text))
+        return cls(TextInfo(["text"], sha256, len(text)), tokenizer, tokenizer.encode(text))
 
 
 def split_ids(ids: ndarray) -> tuple[ndarray, ndarray]:
@@ -750,6 +764,11 @@ def get_batch(ids: ndarray, step: int, cfg: TrainConfig, block_size: int) -> Ten
 
 def to_tensor(ids: ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(ids.astype("i8")).to(device)
+
+
+def to_array(tensor: Tensor) -> ndarray:
+    """A tensor of any dtype and device for NumPy, which has no bfloat16."""
+    return tensor.float().cpu().numpy()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -936,6 +955,11 @@ class Trainer:
         else:
             torch.get_device_module(self.device).manual_seed(seed)
 
+    def mean_loss(self) -> float:
+        """Mean training loss in nats over the steps since the last evaluation."""
+        last_step = self.history[-1].step if self.history else 0
+        return float(self.loss_sum) / max(1, self.steps_done - last_step)
+
     def validate(self) -> float:
         """Validation loss of the averaged weights in nats per character."""
         loss, _ = evaluate(self.ema, self.val_ids, self.dtype)
@@ -943,8 +967,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Append both losses to the history, and keep the best weights.  raises: Diverged"""
-        last_step = self.history[-1].step if self.history else 0
-        training_loss = float(self.loss_sum) / max(1, self.steps_done - last_step)
+        training_loss = self.mean_loss()
         validation_loss = self.validate()
         self.check_divergence(training_loss, validation_loss)
         self.loss_sum.zero_()
@@ -1059,7 +1082,7 @@ def weights_are_sane(network: GPT) -> bool:
 class SampleConfig(Config):
     """How the next character is drawn. By default all but the temperature is off.
 
-    A new setting is a field here, its code in process_logits, and a name in PROCESSORS.
+    A new setting is a field here and its code in process_logits.
     """
 
     temperature: float = option(
@@ -1075,14 +1098,18 @@ class SampleConfig(Config):
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
 
 
-PROCESSORS = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-)
+def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
+    """SampleConfig of keywords; `stop` may be one text.  raises: UserError"""
+    is_one = isinstance(stop, str) or not isinstance(stop, Iterable)
+    stops = (stop,) if is_one else tuple(stop)
+    is_valid = all(isinstance(text, str) for text in stops)
+    require(is_valid, f"`stop={stop}`: must be a string or several; leave it out for none")
+    names = [setting.name for setting in fields(SampleConfig)]
+    for name in sampling:
+        require(name in names, f"`{name}`: unknown; choose from {', '.join(names)}")
+    return SampleConfig(stop=stops, **sampling)
+
+
 MAX_TEXT = 10_000  # characters of a text that generation remembers; more than any context has
 
 
@@ -1180,8 +1207,7 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
     for _ in range(n):
         start = context_start(len(ids), network.config.block_size)
         context = to_tensor(ids[None, start:], network.device)  # (1, T)
-        logits = network(context)[:, -1]  # (1, V)
-        logits = logits.float().cpu().numpy()
+        logits = to_array(network(context)[:, -1])  # (1, V)
         new_id = sample(logits, cfg, [rng], ids[None])  # (1,)
         ids = np.append(ids, new_id)
     return ids
@@ -1191,8 +1217,7 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
 def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
     """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
     x = network.hidden(to_tensor(ids, network.device), cache)  # (B, T, C)
-    logits = network.logits(x[:, -1])  # (B, V)
-    return logits.float().cpu().numpy()
+    return to_array(network.logits(x[:, -1]))  # (B, V)
 
 
 def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
@@ -1254,25 +1279,6 @@ class StopFilter:
 # ---- Model ---------------------------------------------------------------------------------------
 
 
-def spell_out(c: str) -> str:
-    r"""A character as an escape sequence: \n or \u200b."""
-    return c.encode("unicode_escape", "surrogatepass").decode()
-
-
-def printable(text: str) -> str:
-    """`text` with line ends and other invisible characters spelled out."""
-    return "".join(c if c.isprintable() else spell_out(c) for c in text)
-
-
-def parse_json(text: str):
-    """The value of a JSON text.  raises: ValueError, also for NaN and Infinity, which JSON lacks"""
-
-    def refuse(name: str):
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 @dataclass(frozen=True)
 class Metadata:
     """What a model file says about its weights, in the header, as JSON strings."""
@@ -1299,7 +1305,7 @@ class Metadata:
     def from_header(cls, header: dict[str, str]) -> Metadata:
         """raises: LookupError, TypeError, UserError or ValueError where the header is malformed"""
         require(header["format_version"] == "1", "its format_version is not 1")
-        entries = {setting.name: parse_json(header[setting.name]) for setting in fields(cls)}
+        entries = {setting.name: json.loads(header[setting.name]) for setting in fields(cls)}
         require(type(entries["history"]) is list, "its history is malformed")
         if "name" in entries["data"]:  # one string before version 1.0
             entries["data"]["names"] = [entries["data"].pop("name")]
@@ -1387,7 +1393,7 @@ class Model:
     def next_logits(self, ids: ndarray) -> ndarray:
         """Logits (N, V) of the character after each of `ids` (N,), one context at most."""
         ids = to_tensor(ids[None], self.network.device)
-        return self.network(ids)[0].float().cpu().numpy()
+        return to_array(self.network(ids)[0])
 
     def next_characters(self, prompt: str, **sampling) -> ndarray:
         """Probabilities (V,) of the next character by id, after the `sampling` settings if any."""
@@ -1438,7 +1444,7 @@ class Model:
             q, k, _ = block.attn.project(block.ln_1(x))  # (1, H, T, D)
             weights.append(attention_weights(q, k)[0])  # (H, T, T)
             x = block(x)  # (1, T, C)
-        return torch.stack(weights).cpu().numpy()
+        return to_array(torch.stack(weights))
 
     # ---- files
 
@@ -1455,18 +1461,6 @@ class Model:
         network = GPT(metadata.config)
         network.load_state_dict(safetensors.torch.load_file(path))
         return cls(network.eval(), Tokenizer(metadata.characters), metadata)
-
-
-def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
-    """SampleConfig of keywords; `stop` may be one text.  raises: UserError"""
-    is_one = isinstance(stop, str) or not isinstance(stop, Iterable)
-    stops = (stop,) if is_one else tuple(stop)
-    is_valid = all(isinstance(text, str) for text in stops)
-    require(is_valid, f"`stop={stop}`: must be a string or several; leave it out for none")
-    names = [setting.name for setting in fields(SampleConfig)]
-    for name in sampling:
-        require(name in names, f"`{name}`: unknown; choose from {', '.join(names)}")
-    return SampleConfig(stop=stops, **sampling)
 
 
 # ==================================================================================================
@@ -1568,11 +1562,6 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
     return True
 
 
-def as_float32(tensor: Tensor) -> ndarray:
-    """A tensor of any dtype and device for NumPy, which has no bfloat16."""
-    return tensor.to("cpu", torch.float32).numpy()
-
-
 CHANGED = "the network was changed; using the plain version."
 
 
@@ -1591,8 +1580,8 @@ class NumpyDecoder:
         self.is_equal = True  # to the plain function
         self.caches = weakref.WeakSet()  # those of the texts for which it was compared
         with torch.no_grad():
-            self.wte = as_float32(network.wte.weight - network.wte.weight.mean(1, keepdim=True))
-            self.wpe = as_float32(network.wpe.weight - network.wpe.weight.mean(1, keepdim=True))
+            self.wte = to_array(network.wte.weight - network.wte.weight.mean(1, keepdim=True))
+            self.wpe = to_array(network.wpe.weight - network.wpe.weight.mean(1, keepdim=True))
             self.blocks = [self.prepare(block) for block in network.h]
             self.head = self.fold(network.ln_f, network.wte.weight, 0.0)
 
@@ -1603,13 +1592,13 @@ class NumpyDecoder:
     @staticmethod
     def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[ndarray, ndarray]:
         """Matrix and bias of a linear layer that follows a LayerNorm."""
-        return as_float32(weight * norm.weight), as_float32(weight @ norm.bias + bias)
+        return to_array(weight * norm.weight), to_array(weight @ norm.bias + bias)
 
     @staticmethod
     def center(linear: nn.Linear) -> tuple[ndarray, ndarray]:
         """Matrix and bias of a linear layer whose output is moved to mean zero."""
         weight = linear.weight - linear.weight.mean(0)
-        return as_float32(weight), as_float32(linear.bias - linear.bias.mean())
+        return to_array(weight), to_array(linear.bias - linear.bias.mean())
 
     def prepare(self, block: Block) -> tuple[ndarray, ...]:
         attn, mlp = block.attn, block.mlp
@@ -1686,6 +1675,19 @@ def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
     prefill(network, ids[None, :n], cache)
     logits = np.concatenate([decoder.decode(token, cache) for token in ids[n:]])  # (T - n, V)
     return decoder if np.allclose(logits, expected, atol=1e-3, rtol=1e-3) else None
+
+
+def use_fast_paths(model: Model) -> None:
+    """Generation with the fast versions of `decode` and `attention`."""
+    network = model.network
+    is_usual = use_fast_attention(network, torch.float32)
+    if not is_usual or network.device.type != "cpu":
+        return
+    decoder = gpt2_decoder(network)
+    if decoder is None:
+        note_once(CHANGED)
+    else:
+        model.decode = decoder
 
 
 class CudaGraph:
@@ -1802,31 +1804,15 @@ class DistributedTrainer(Trainer):
 
 
 @contextmanager
-def handle_signals(handler) -> Iterator[None]:
-    """Within it Ctrl-C, SIGTERM and SIGHUP have this handler, unless they are ignored."""
-    before = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                    before[number] = signal.signal(number, handler)
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
-
-
-@contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """Join the process group that torchrun describes in the environment, if there is one."""
     if "WORLD_SIZE" not in os.environ:
         yield DistributedContext()
         return
+    fix = "start with torchrun, or unset WORLD_SIZE"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = os.environ.get(name, "")
         is_valid = value.isdecimal() and int(value) < 65_536
-        fix = "start with torchrun, or unset WORLD_SIZE"
         require(is_valid, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
     require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
     require(device.type != "mps", "torchrun: its processes cannot share an MPS; add `device=cpu`")
@@ -1861,13 +1847,8 @@ MAX_HEADER = 8 << 20  # bytes
 MAX_NUMBER = 10**15  # of steps, losses and characters in a header
 
 
-@lru_cache
-def note_once(text: str) -> None:
-    log(f"NOTE: {text}")
-
-
 def flush_to_disk(path: Path) -> None:
-    """raises: OSError where the disk is full or broken; some network mounts cannot flush"""
+    """fsync, or a note on a network mount that has none.  raises: OSError for a full disk"""
     with open(path, "rb+") as file:
         try:
             os.fsync(file.fileno())
@@ -1982,6 +1963,7 @@ def free_name(path: Path, word: str) -> Path:
 
 
 def save_error(error: Exception) -> str:
+    """The reason alone: str() of an OSError also has its number and the name of the file."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
@@ -1993,7 +1975,7 @@ class RunFile:
         self.written = None  # file_id() of what this run wrote or resumed
 
     def write(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        """raises: OSError"""
+        """Write the file, under another name if somebody else's has come.  raises: OSError"""
         path = self.path
         if file_id(path) not in (None, self.written):
             path = free_name(path, "new")
@@ -2040,7 +2022,9 @@ def check_metadata(m: Metadata) -> None:
     require(re.fullmatch("[0-9a-f]{64}", m.data.sha256), "its sha256 is not 64 hex digits")
     require(is_number(m.data.characters), "its data set has no number of characters")
     require(type(m.training) is dict, "its training settings are malformed")
-    TrainConfig.pick({n: v for n, v in m.training.items() if n in ("init", "max_steps")})
+    json.dumps(m.training, allow_nan=False)  # a ValueError for NaN, which JSON lacks
+    TrainConfig.check("init", m.training.get("init"))  # the others may be of another version
+    TrainConfig.check("max_steps", m.training.get("max_steps", 1))
     require(type(m.step) is int and 0 <= m.step < MAX_NUMBER, "its step is not a number")
     is_loss = m.validation_loss is None or is_number(m.validation_loss)
     require(is_loss, "its validation loss is not a number")
@@ -2125,24 +2109,11 @@ def load(
         raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
     network.load_state_dict(weights)
     require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
-    network = network.to(select_device(device)[0]).eval()
+    network = network.to(select_device(device)).eval()
     model = Model(network, Tokenizer(metadata.characters), metadata, path)
     if not plain:
         use_fast_paths(model)
     return model
-
-
-def use_fast_paths(model: Model) -> None:
-    """Generation with the fast versions of `decode` and `attention`."""
-    network = model.network
-    is_usual = use_fast_attention(network, torch.float32)
-    if not is_usual or network.device.type != "cpu":
-        return
-    decoder = gpt2_decoder(network)
-    if decoder is None:
-        note_once(CHANGED)
-    else:
-        model.decode = decoder
 
 
 # ---- text sources --------------------------------------------------------------------------------
@@ -2369,10 +2340,11 @@ def download(name: str) -> Path:
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
     stem = name if name in BUILT_IN else digest[:16]
     file_name = f"anexa-{stem}.txt"  # a name that no file of the user has
-    for path in (CACHE / file_name, cache_folder() / file_name):
-        if is_intact(path):
-            log(f"Reading {path} (delete it to download the text again)")
-            return path
+    path = cache_folder() / file_name
+    for stored in (CACHE / file_name, path):
+        if is_intact(stored):
+            log(f"Reading {stored} (delete it to download the text again)")
+            return stored
     if os.path.lexists(path):
         log(f"NOTE: {path} was changed; renamed to {path.rename(free_name(path, 'old'))}")
     reasons = []
@@ -2426,7 +2398,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
     rule = "only http:// and https:// addresses can be downloaded"
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
-    path = user_path(name or "?")  # Path("") is the current folder
+    path = user_path(name)
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
@@ -2675,7 +2647,7 @@ def escape_control(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of a foreign message, in which backquotes do not mark settings."""
+    """First line of a foreign message, harmless to a terminal and without our mark of settings."""
     text = escape_control(str(error) or type(error).__name__).partition("\n")[0]
     return text.replace("`", "'")
 
@@ -2707,6 +2679,11 @@ def log(text: str = "", rank_variable: str = "RANK") -> None:
             plain_console().print(escape_control(text))
         else:
             print(escape_control(text), file=sys.stderr, flush=True)
+
+
+@lru_cache
+def note_once(text: str) -> None:
+    log(f"NOTE: {text}")
 
 
 def overfits(history: list[Evaluation]) -> bool:
@@ -2747,6 +2724,37 @@ class TensorBoard:
             self.writer.close()
 
 
+def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
+    """Whether the character frequencies of one text fit another one badly."""
+    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # bincount makes int64 of all it gets
+    counts = sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)  # (V,)
+    other_counts = np.bincount(other_ids, minlength=vocab_size)  # (V,)
+    share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
+    losses = -np.log(share)  # (V,) nats per character
+    loss = np.average(losses, weights=counts)
+    return np.average(losses, weights=other_counts) > 1.25 * loss + 0.1
+
+
+def log_run(t: Trainer) -> None:
+    """Log text, network, device and schedule."""
+    n = len(t.corpus.ids)
+    m = t.metadata()
+    if n < 100_000:
+        log(f"NOTE: only {n:,} characters: expect scraps of words, not sentences.")
+    epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
+    if is_unlike(t.train_ids, t.val_ids, len(m.characters)):
+        log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
+        log("language: its loss says little, and the weights that are saved may not be the best.")
+    init = f" of {t.cfg.init}" if t.cfg.init else ""
+    log(
+        f"{m.data}: {n:,} characters, {len(m.characters) - 1} different; "
+        f"{m.config.size()}{init} on {t.device.type} in {m.training['dtype']}; "
+        f"{t.cfg.max_steps:,} steps of {t.cfg.batch_size:,} x {m.config.block_size:,} characters, "
+        f"{epochs:,.1f} epochs, dropout {t.cfg.dropout}; "
+        f"validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
+    )
+
+
 class ProgressDisplay:
     """Progress of a training run: a live line on a terminal or in a notebook, else plain lines."""
 
@@ -2773,19 +2781,27 @@ class ProgressDisplay:
         seconds = max(time.monotonic() - self.started, 1e-9)
         return seconds / max(1, self.trainer.steps_done - self.first_step)
 
-    def metrics(self) -> tuple[str, float, str]:
-        """Step and losses; characters per second; the same as text, with the time left."""
+    def seconds_left(self) -> float:
+        return (self.trainer.cfg.max_steps - self.trainer.steps_done) * self.seconds_per_step()
+
+    def characters_per_second(self) -> float:
         t = self.trainer
-        seconds_left = int((t.cfg.max_steps - t.steps_done) * self.seconds_per_step())
-        left = str(timedelta(seconds=seconds_left)).removeprefix("0:")
+        return t.cfg.batch_size * t.network.config.block_size / self.seconds_per_step()
+
+    def losses(self) -> str:
+        """Steps and both losses."""
+        t = self.trainer
         last = t.history[-1] if t.history else Evaluation(0, math.nan, math.nan)
         training_loss = last.training_loss
         if t.steps_done > last.step:
-            training_loss = float(t.loss_sum) / (t.steps_done - last.step)
+            training_loss = t.mean_loss()
         losses = f"train {training_loss:.3f} val {last.validation_loss:.3f}".replace("nan", "  -  ")
-        char_rate = t.cfg.batch_size * t.network.config.block_size / self.seconds_per_step()
-        steps = f"{t.steps_done:,}/{t.cfg.max_steps:,}"
-        return f"{steps} {losses}", char_rate, f"{char_rate:,.0f} char/s {left} left"
+        return f"{t.steps_done:,}/{t.cfg.max_steps:,} {losses}"
+
+    def speed(self) -> str:
+        """Characters per second and the time left."""
+        left = str(timedelta(seconds=int(self.seconds_left()))).removeprefix("0:")
+        return f"{self.characters_per_second():,.0f} char/s {left} left"
 
     def show(self, line: str = "", end: str = "\r") -> None:
         """Print a line over the live line, which ends in a carriage return."""
@@ -2797,15 +2813,15 @@ class ProgressDisplay:
         """Refresh the live line, five times per second at most."""
         if self.is_live and time.monotonic() - self.last_update > 0.2:
             self.last_update = time.monotonic()
-            losses, _, left = self.metrics()
-            self.show(f"{losses} {left}")
+            self.show(f"{self.losses()} {self.speed()}")
 
     def on_evaluation(self, t: Trainer) -> None:
         """Report an evaluation with a sample of what the model writes."""
-        losses, char_rate, left = self.metrics()
-        seconds_left = (t.cfg.max_steps - t.steps_done) * self.seconds_per_step()
-        if self.is_shown and t.steps_done == 50 and seconds_left > 600:
-            minutes = seconds_left / 60
+        speed = self.speed()  # without the time that the sample takes
+        if self.board:
+            self.write_scalars()
+        minutes = self.seconds_left() / 60
+        if self.is_shown and t.steps_done == 50 and minutes > 10:
             time_left = f"{minutes:.0f} minutes" if minutes < 180 else f"{minutes / 60:,.0f} hours"
             log(f"NOTE: this run takes about {time_left}. Fewer max-steps make it shorter.")
             if self.has_checkpoint:
@@ -2814,11 +2830,9 @@ class ProgressDisplay:
             model = Model(t.ema, t.corpus.tokenizer, t.metadata())
             sample = " ".join(model.generate(max_new=80, seed=0).split())
             if self.is_live:
-                self.show(f"{losses} | {sample}", "\n")
+                self.show(f"{self.losses()} | {sample}", "\n")
             else:
-                log(f"{losses} {left} | {printable(sample)}")
-        if self.board:
-            self.write_scalars(char_rate)
+                log(f"{self.losses()} {speed} | {printable(sample)}")
         if overfits(t.history) and not self.has_warned:
             self.has_warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
@@ -2833,11 +2847,11 @@ class ProgressDisplay:
         if self.is_shown:
             log(f"{loss_chart(t.history)}\n{model.metadata}.")
 
-    def write_scalars(self, char_rate: float) -> None:
+    def write_scalars(self) -> None:
         scalars = self.trainer.history[-1]._asdict()
         step = scalars.pop("step")
         scalars["lr_scale"] = lr_scale(step - 1, self.trainer.cfg)
-        scalars["characters_per_second"] = char_rate
+        scalars["characters_per_second"] = self.characters_per_second()
         values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         try:
             self.board.write(step=step, summary={"value": values})
@@ -2874,6 +2888,22 @@ def loss_chart(history: list[Evaluation]) -> str:
     lines.append(f"{'':9}0{f'step {history[-1].step:,}':>{width - 1}}")
     lines.append(f"{'':9}loss in nats/char: o training, x validation")
     return "\n".join(lines)
+
+
+@contextmanager
+def handle_signals(handler) -> Iterator[None]:
+    """Within it Ctrl-C, SIGTERM and SIGHUP have this handler, unless they are ignored."""
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 class SignalCatcher:
@@ -2941,12 +2971,9 @@ def has_working_cuda() -> bool:
         return False
 
 
-def select_device(
-    device: str | torch.device, dtype: str | torch.dtype = "auto"
-) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for their names or "auto".  raises: UserError if it is missing"""
+def select_device(device: str | torch.device) -> torch.device:
+    """The device of this name, or for "auto" the fastest.  raises: UserError if it is missing"""
     device = str(device).removesuffix(":0")  # a tensor's device has an index
-    dtype = str(dtype).removeprefix("torch.")
     usable = ["cpu"]
     if torch.backends.mps.is_available():
         usable.insert(0, "mps")
@@ -2955,15 +2982,21 @@ def select_device(
     if device == "auto":
         device = usable[0]
     require(device in usable, f"`device={device}`: not found; choose {' or '.join(usable)}")
+    return torch.device(device)
+
+
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name, or for "auto" the fastest on the device.  raises: UserError"""
+    dtype = str(dtype).removeprefix("torch.")
     require(dtype in ("auto", "float32", "bfloat16"), f"`dtype={dtype}`: float32 or bfloat16")
     has_bf16 = False
-    if device == "cuda":
+    if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in PyTorch 2.9
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in PyTorch 2.9
         found = torch.cpu.get_capabilities()
         has_bf16 = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
     use_bf16 = dtype == "bfloat16" or (dtype == "auto" and has_bf16)
-    return torch.device(device), torch.bfloat16 if use_bf16 else torch.float32
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def check_settings(settings: dict) -> dict:
@@ -2977,7 +3010,7 @@ def check_settings(settings: dict) -> dict:
     for name, value in settings.items():
         require(name in known, f"`{name}`: unknown; choose from {', '.join(known)}")
         cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
-        cls.check(name, value, **cls.__dataclass_fields__[name].metadata)
+        cls.check(name, value)
     if size is not None:
         size = str(size)
         require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
@@ -2997,7 +3030,10 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
 
 
 def output_path(out: str | Path) -> Path:
-    """raises: UserError unless a model and all that its run writes beside it can be there"""
+    """The file that `out` leads to.
+
+    raises: UserError unless a model and all that its run writes beside it can be there
+    """
     out = user_path(out)
     if out.is_symlink():  # two names of one file are one run
         out = real_path(out)
@@ -3014,6 +3050,10 @@ def output_path(out: str | Path) -> Path:
 
 def checkpoint_path(out: Path) -> Path:
     return out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+
+
+def is_checkpoint_path(path: Path) -> bool:
+    return path.name.endswith(CHECKPOINT_SUFFIX)
 
 
 class RunFiles:
@@ -3146,9 +3186,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(asked: dict, unfinished: SavedFile | None) -> Plan:
-    """raises: UserError
+    """Each setting as it was asked for, else as the unfinished run or `init` has it.
 
-    A setting is what was asked for, else that of the unfinished run, else that of `init`.
+    raises: UserError if `init` has another shape, or no step is left
     """
     init = None
     shape = {}
@@ -3223,8 +3263,9 @@ def training_lock(out: Path) -> Iterator[None]:
 def training_state(device: torch.device) -> Iterator[None]:
     """Gradients, float32 and a faster malloc for a run; then the process is as before."""
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    added = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys()  # by PyTorch
     with torch.random.fork_rng(devices), ExitStack() as stack:
+        for name in {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys():
+            stack.callback(os.environ.pop, name, None)  # PyTorch adds it
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -3236,42 +3277,7 @@ def training_state(device: torch.device) -> Iterator[None]:
             stack.callback(libc.malloc_trim, 0)
             stack.callback(libc.mallopt, -1, 128 << 10)  # their defaults
             stack.callback(libc.mallopt, -4, 65_536)
-        try:
-            yield
-        finally:
-            for name in added:
-                os.environ.pop(name, None)
-
-
-def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
-    """Whether the character frequencies of one text fit another one badly."""
-    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # bincount makes int64 of all it gets
-    counts = sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)  # (V,)
-    other_counts = np.bincount(other_ids, minlength=vocab_size)  # (V,)
-    share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
-    losses = -np.log(share)  # (V,) nats per character
-    loss = np.average(losses, weights=counts)
-    return np.average(losses, weights=other_counts) > 1.25 * loss + 0.1
-
-
-def log_run(t: Trainer) -> None:
-    """Log text, network, device and schedule."""
-    n = len(t.corpus.ids)
-    m = t.metadata()
-    if n < 100_000:
-        log(f"NOTE: only {n:,} characters: expect scraps of words, not sentences.")
-    epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
-    if is_unlike(t.train_ids, t.val_ids, len(m.characters)):
-        log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
-        log("language: its loss says little, and the weights that are saved may not be the best.")
-    init = f" of {t.cfg.init}" if t.cfg.init else ""
-    log(
-        f"{m.data}: {n:,} characters, {len(m.characters) - 1} different; "
-        f"{m.config.size()}{init} on {t.device.type} in {m.training['dtype']}; "
-        f"{t.cfg.max_steps:,} steps of {t.cfg.batch_size:,} x {m.config.block_size:,} characters, "
-        f"{epochs:,.1f} epochs, dropout {t.cfg.dropout}; "
-        f"validation on {len(t.val_ids):,} of {n - len(t.train_ids):,} characters"
-    )
+        yield
 
 
 def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
@@ -3333,11 +3339,12 @@ def train(
     asked = check_settings(settings)
     names = text_names(data)
     require(text is None or not names, "`data` and `text`: give only one of them")
-    selected, _ = select_device(device, dtype)
+    device = select_device(device)
+    selected_dtype = select_dtype(dtype, device)
     files = RunFiles(out) if out is not None else None
     with ExitStack() as stack:
-        ctx = stack.enter_context(init_distributed(selected))
-        stack.enter_context(training_state(selected))
+        ctx = stack.enter_context(init_distributed(device))
+        stack.enter_context(training_state(device))
         is_first = ctx.rank == 0
 
         def prepare() -> Trainer:
@@ -3353,10 +3360,10 @@ def train(
                 found = saved_names(unfinished.metadata) if unfinished and not names else names
                 folder = files.model.path.parent if files else None
                 corpus = load_corpus(found, encoding, replace_errors, folder)
-            wanted = dtype
+            run_dtype = selected_dtype
             if unfinished and dtype == "auto":
-                wanted = unfinished.metadata.training.get("dtype", "auto")
-            return make_trainer(plan, corpus, *select_device(device, wanted), ctx)
+                run_dtype = select_dtype(unfinished.metadata.training.get("dtype", "auto"), device)
+            return make_trainer(plan, corpus, device, run_dtype, ctx)
 
         trainer = ctx.on_all_ranks(prepare)
         ctx.check_equal(repr(trainer.metadata()))
@@ -3420,7 +3427,14 @@ def run_training(
 VIEWS = ("tokens", "probs", "why", "attn")
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
 WARM = ("", "#000000 on #fee391", "#000000 on #fe9929", "#ffffff on #b30000")
-LABELS = {"repetition_penalty": "penalty", "no_repeat_ngram_size": "ngram", "temperature": "temp"}
+LABELS = {  # of the settings that change probabilities, in the order of process_logits
+    "repetition_penalty": "penalty",
+    "no_repeat_ngram_size": "ngram",
+    "temperature": "temp",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "min_p": "min-p",
+}
 MAX_VIEW = 2_000  # characters that a view shows
 
 
@@ -3503,15 +3517,13 @@ def view_tokens(model: Model, text: str, console: Console) -> None:
 def setting_columns(model: Model, text: str, cfg: SampleConfig) -> dict[str, ndarray]:
     """Probabilities (V,) of the next character: the model's, then after each active setting."""
     columns = {"model": model.next_characters(text)}
-    active = {"temperature": 1.0}
-    for name in PROCESSORS:
+    neutral = SampleConfig(temperature=1.0)  # changes no probability
+    active = {}
+    for name, label in LABELS.items():
         value = getattr(cfg, name)
-        default = 1.0 if name == "temperature" else getattr(SampleConfig(), name)
-        if value == default:
-            continue
-        active[name] = value
-        label = LABELS.get(name, name.replace("_", "-"))
-        columns[f"{label} {value:g}"] = model.next_characters(text, **active)
+        if value != getattr(neutral, name):
+            active[name] = value
+            columns[f"{label} {value:g}"] = model.next_characters(text, **active)
     return columns
 
 
@@ -4100,12 +4112,11 @@ def export(
 def push(model: Model, name: str, license: str, private: bool) -> str:
     """Upload a model to the Hub; returns its address.  raises: UserError"""
     hub = optional("huggingface_hub")
-    # Imported by their names: the package loads no part of itself before that part is asked for.
-    errors = importlib.import_module("huggingface_hub.errors")
-    logging = importlib.import_module("huggingface_hub.utils").logging
-    logging.set_verbosity_error()  # a server's warnings, with its control characters
+    errors = optional("huggingface_hub.errors")
+    utils = optional("huggingface_hub.utils")
+    utils.logging.set_verbosity_error()  # no warnings of a server, with its control characters
     try:
-        hub.utils.validate_repo_id(name)
+        utils.validate_repo_id(name)
     except errors.HFValidationError:
         fix = "must be USER/NAME, of letters, digits, '-', '_' and '.'"
         raise UserError(f"{missing_name(name)}: {fix}") from None
@@ -4273,6 +4284,13 @@ def take_model(args: argparse.Namespace, words: list[str]) -> Path:
     return user_path(words[0])
 
 
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Those of a command's words that name a model, and the others."""
+    models = [word for word in words if word.endswith(SUFFIXES)]
+    others = [word for word in words if word not in models]
+    return models, others
+
+
 def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
     """Prompt and model file of a command.  raises: UserError"""
     require(args.words, f"give a {name}")
@@ -4287,7 +4305,7 @@ def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
     """A model on the device of --device: one text of a small network is faster on a CPU."""
     model = load(path, plain=True)
-    device, _ = select_device(args.device)
+    device = select_device(args.device)
     is_small = model.network.config.n_parameters() < 4_000_000
     if not (one_text and is_small and args.device == "auto"):
         model.network.to(device)
@@ -4334,10 +4352,6 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
     if signals.caught or is_checkpoint_path(model.path):  # another rank may have stopped it
         raise SystemExit(128 + (signals.caught[0] if signals.caught else signal.SIGINT))
     return model.path
-
-
-def is_checkpoint_path(path: Path) -> bool:
-    return path.name.endswith(CHECKPOINT_SUFFIX)
 
 
 def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
@@ -4437,10 +4451,10 @@ def cmd_explain(args: argparse.Namespace) -> None:
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    models = [word for word in args.words if word.endswith(SUFFIXES)]
-    texts = args.data + [word for word in args.words if word not in models]
+    models, words = split_words(args.words)
+    texts = args.data + words
     model = load_model(take_model(args, models), args, one_text=False)
-    _, dtype = select_device(args.device, args.dtype)
+    dtype = select_dtype(args.dtype, select_device(args.device))
     names = text_names(texts or saved_names(model.metadata))
     corpus = load_corpus(names, args.encoding, args.replace_errors)
     part = "whole text"
@@ -4482,8 +4496,7 @@ def cmd_info(args: argparse.Namespace) -> None:
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-    models = [word for word in args.words if word.endswith(SUFFIXES)]
-    others = [word for word in args.words if word not in models]
+    models, others = split_words(args.words)
     ggufs = [args.gguf] if args.gguf else []
     ggufs += [user_path(word) for word in others if word.lower().endswith(".gguf")]
     folders = [user_path(word) for word in others if not word.lower().endswith(".gguf")]
@@ -4497,8 +4510,7 @@ def cmd_export(args: argparse.Namespace) -> None:
 
 
 def cmd_push(args: argparse.Namespace) -> None:
-    models = [word for word in args.words if word.endswith(SUFFIXES)]
-    names = [word for word in args.words if word not in models]
+    models, names = split_words(args.words)
     fix = "USER/NAME; a model file ends in .safetensors"
     require(len(names) == 1, f"give one name for the model on the Hub: {fix}")
     model = load(take_model(args, models))

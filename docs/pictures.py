@@ -83,7 +83,8 @@ def curves(corpus: Corpus) -> dict:
     """Validation losses with Muon for the matrices of the blocks, and with AdamW for all."""
     config = GPTConfig(block_size=64)
     cfg = TrainConfig(max_steps=1_000, batch_size=12, eval_interval=100, dropout=0.0, seed=1)
-    device, dtype = anexagpt.select_device("cpu")
+    device = anexagpt.select_device("cpu")
+    dtype = anexagpt.select_dtype("auto", device)
     trainer = Trainer(corpus, config, cfg, device, dtype)
     runs = {"Muon": validation_losses("Muon", trainer)}
     for rate in (2e-3, 4e-3, 8e-3):

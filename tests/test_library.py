@@ -210,6 +210,7 @@ def test_network_in_another_dtype(tiny, dtype):
     assert np.allclose(model.next_characters("the"), expected, atol=0.02)
     assert len(model.generate("the", max_new=5)) == 5
     assert len(copy.deepcopy(model).generate("the", max_new=5)) == 5
+    assert model.attention("the").dtype == np.float32
     model.save("m.safetensors")
     anexagpt.export(model, Path("hf"), None, "mit", half=False, force=False)
     for path in ("m.safetensors", "hf/model.safetensors"):

@@ -84,7 +84,8 @@ def train(
     asked: time.time() when this process was asked for
     """
     corpus = anexagpt.load_corpus([str(text)])
-    selected, dtype = anexagpt.select_device(device)
+    selected = anexagpt.select_device(device)
+    dtype = anexagpt.select_dtype("auto", selected)
     with anexagpt.training_state(selected):
         cfg = TrainConfig(max_steps=steps)
         trainer = TimedTrainer(corpus, GPTConfig(**shape), cfg, selected, dtype)
@@ -263,7 +264,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
     try:
-        device = anexagpt.select_device(args.device or "auto")[0].type
+        device = anexagpt.select_device(args.device or "auto").type
     except anexagpt.UserError as error:
         print(f"gpu.py: {error}")
         return 2

@@ -58,7 +58,8 @@ def median_ms(times: list[float]) -> float:
 def anexa(corpus: Corpus, block: int, batch: int, steps: int, dtype: str) -> Run:
     config = GPTConfig(block_size=block, **SHAPE)
     cfg = TrainConfig(batch_size=batch, max_steps=steps, eval_interval=steps)
-    device, dtype = anexagpt.select_device("cpu", dtype)
+    device = anexagpt.select_device("cpu")
+    dtype = anexagpt.select_dtype(dtype, device)
     times = []
 
     def note_time(trainer: Trainer) -> bool:
