@@ -1856,7 +1856,7 @@ def flush_to_disk(path: Path) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             note_once(
-                f"this file system cannot flush ({error.strerror}); a power cut may lose files"
+                f"this file system cannot flush ({error.strerror}); a power failure may lose files"
             )
 
 

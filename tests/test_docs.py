@@ -246,7 +246,7 @@ def test_readme_start_and_examples():
     assert len(readme.splitlines()) <= 200
     start = readme.partition("## Quick start")[2]
     before = start[: start.index("\npython anexagpt.py")]
-    for words in ("3.10", "venv", "CPU build first", "Scripts\\activate"):
+    for words in ("3.10", "venv", "CPU build after activating", "Scripts\\activate"):
         assert words in before, words
     assert "download.pytorch.org/whl/cpu" in start
     for text in (readme, chat):

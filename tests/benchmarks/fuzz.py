@@ -1,4 +1,4 @@
-"""Give the program spoilt model files and checkpoints: each is refused in one line, or used.
+"""Give the program corrupted model files and checkpoints: each is refused in one line, or used.
 
     python tests/benchmarks/fuzz.py --cases 2000
 
