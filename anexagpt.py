@@ -1915,7 +1915,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
-    with publish(user_path(path)) as temporary:
+    """Write a model file, which may replace a model.  raises: OSError, or UserError for others"""
+    path = user_path(path)
+    fix = "save the model under another name"
+    if path.exists():
+        require(not read_file(path, fix).is_checkpoint, f"{path}: is a checkpoint; {fix}")
+    with publish(path) as temporary:
         write_tensors(temporary, tensors, header)
 
 
@@ -2398,6 +2403,9 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
     rule = "only http:// and https:// addresses can be downloaded"
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
+    is_name = all(len(part) < 256 for part in name.split("/"))
+    fix = "is not the name of a file; in Python a text itself is given as train(text=...)"
+    require(is_name, f"`data={printable(name[:40])}...`: {fix}")
     path = user_path(name)
     if path.is_fifo():
         return [Source(path.read_bytes(), encoding)]  # it can be read only once

@@ -387,3 +387,29 @@ def test_curve_in_repr(tiny):
     rows = [anexagpt.Evaluation(n, 1.0, loss) for n, loss in enumerate([8, 7, 6, 5, 4, 3, 2, 1])]
     model.metadata = dataclasses.replace(model.metadata, history=rows)
     assert repr(model).endswith("\nvalidation loss 8.00 █▇▆▅▄▃▂▁ 1.00")
+
+
+def test_save_replaces_only_models(tiny):
+    """Catches a diary that a model replaces, since its name was given for that of the model."""
+    model = load(tiny)
+    for _ in range(2):
+        model.save("m.safetensors")
+    Path("diary.txt").write_text("mine")
+    Path("empty").touch()
+    Path("folder").mkdir()
+    for name in ("diary.txt", "empty", "folder"):
+        with pytest.raises(anexagpt.UserError, match=f"{name}: .*another name"):
+            model.save(name)
+    assert Path("diary.txt").read_text() == "mine"
+    train(text=TEXT, out="run.safetensors", should_stop=lambda: True, **SMALL)
+    checkpoint = Path("run.safetensors.checkpoint").read_bytes()
+    with pytest.raises(anexagpt.UserError, match="checkpoint; save"):
+        model.save("run.safetensors.checkpoint")
+    assert Path("run.safetensors.checkpoint").read_bytes() == checkpoint
+
+
+@pytest.mark.parametrize("text", [TEXT, TEXT[:400].replace("\n", " ")])
+def test_text_in_place_of_a_name(text):
+    """Catches a traceback of the system where a text was given as the name of one."""
+    with pytest.raises(anexagpt.UserError, match="as train"):
+        train(text, **SMALL)
