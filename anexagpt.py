@@ -661,11 +661,11 @@ class Muon:
         for name, weight in weights.items():
             names_by_shape.setdefault(self.group_shape(weight), []).append(name)
         for (rows, columns), names in names_by_shape.items():
-            stack = [weights[name] for name in names]
-            n_groups = sum(map(len, stack)) // rows
-            momentum = stack[0].new_zeros(n_groups, rows, columns)
-            self.stacks.append((stack, momentum))
-            self.momentum |= zip(names, self.unstack(momentum, stack), strict=True)
+            members = [weights[name] for name in names]
+            n_groups = sum(map(len, members)) // rows
+            momentum = members[0].new_zeros(n_groups, rows, columns)
+            self.stacks.append((members, momentum))
+            self.momentum |= zip(names, self.unstack(momentum, members), strict=True)
 
     @staticmethod
     def group_shape(weight: Tensor) -> tuple[int, int]:
@@ -1915,10 +1915,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
-    """Write a model file, which may replace a model.  raises: OSError, or UserError for others"""
+    """Write a model file.  raises: OSError; UserError where a file that is no model stands"""
     path = user_path(path)
-    fix = "save the model under another name"
     if path.exists():
+        fix = "save the model under another name"
         require(not read_file(path, fix).is_checkpoint, f"{path}: is a checkpoint; {fix}")
     with publish(path) as temporary:
         write_tensors(temporary, tensors, header)
@@ -2197,7 +2197,7 @@ def hide_secrets(text: str) -> str:
 
 def missing_name(name: str | Path) -> str:
     """A name that no file has, to be shown: it may be an address that is mistyped."""
-    name = public_name(str(name))
+    name = public_name(str(name)[:4_096])  # longer ones, as a text in its place, take minutes
     if re.match(r"(?i)//|\W*https?\b|[^/]*:[^/]*@", name):
         name = re.sub(r"[^/\\]*@|#.*", "", name)  # user, password, fragment
     return printable(re.sub(r"(?s)(\?).*|(#).*=.*", r"\1\2...", name))
@@ -2403,11 +2403,15 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
     rule = "only http:// and https:// addresses can be downloaded"
     require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
-    is_name = all(len(part) < 256 for part in name.split("/"))
-    fix = "is not the name of a file; in Python a text itself is given as train(text=...)"
-    require(is_name, f"`data={printable(name[:40])}...`: {fix}")
     path = user_path(name)
-    if path.is_fifo():
+    try:
+        is_fifo = path.is_fifo()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fix = "is not the name of a file; in Python a text itself is given as train(text=...)"
+        raise UserError(f"`data={printable(name[:40])}...`: {fix}") from None
+    if is_fifo:
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
         return [Source(path, encoding)]

@@ -408,7 +408,9 @@ def test_save_replaces_only_models(tiny):
     assert Path("run.safetensors.checkpoint").read_bytes() == checkpoint
 
 
-@pytest.mark.parametrize("text", [TEXT, TEXT[:400].replace("\n", " ")])
+@pytest.mark.parametrize(
+    "text", [TEXT, TEXT[:400].replace("\n", " "), "\u0915" * 90, "# a " * 9_000]
+)
 def test_text_in_place_of_a_name(text):
     """Catches a traceback of the system where a text was given as the name of one."""
     with pytest.raises(anexagpt.UserError, match="as train"):

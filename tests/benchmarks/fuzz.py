@@ -123,10 +123,10 @@ def good_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-# ---- spoiling ------------------------------------------------------------------------------------
+# ---- corrupting ----------------------------------------------------------------------------------
 
 
-def spoil_part(content: bytearray, n: int, rng: random.Random) -> None:
+def corrupt_part(content: bytearray, n: int, rng: random.Random) -> None:
     """Cut, change, double, drop or fill a part; the header more often than the rest."""
     at = rng.randrange(rng.choice((9, 200, 2000, n))) % max(1, len(content))
     end = at + rng.choice((1, 1, 2, 8, 100, 1000))
@@ -149,11 +149,11 @@ def spoil_part(content: bytearray, n: int, rng: random.Random) -> None:
         content[at:end] = bytes(byte ^ 1 << rng.randrange(8) for byte in part)
 
 
-def spoil_bytes(content: bytes, rng: random.Random) -> bytes:
-    spoilt = bytearray(content)
+def corrupt_bytes(content: bytes, rng: random.Random) -> bytes:
+    corrupted = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 5, 30))):
-        spoil_part(spoilt, len(content), rng)
-    return bytes(spoilt)
+        corrupt_part(corrupted, len(content), rng)
+    return bytes(corrupted)
 
 
 def similar(value, rng: random.Random):
@@ -174,7 +174,7 @@ def absurd(value, rng: random.Random):
     return rng.choice((like, like, *others))
 
 
-def spoil_json(document, rng: random.Random):
+def corrupt_json(document, rng: random.Random):
     """A document with one value, somewhere, replaced, dropped, renamed or added."""
     if not isinstance(document, dict | list) or not document:
         return absurd(document, rng)
@@ -196,21 +196,21 @@ def spoil_json(document, rng: random.Random):
     return document
 
 
-def spoil_entry(metadata: dict[str, str], rng: random.Random) -> None:
+def corrupt_entry(metadata: dict[str, str], rng: random.Random) -> None:
     """Change one entry of the metadata, or the JSON in it."""
     name = rng.choice(list(metadata))
     if rng.random() < 0.1:
         metadata[name] = rng.choice(BROKEN)
         return
     try:
-        value = spoil_json(json.loads(metadata[name]), rng)
+        value = corrupt_json(json.loads(metadata[name]), rng)
         is_text = rng.random() < 0.9
         metadata[name] = json.dumps(value) if is_text else value
     except (TypeError, ValueError, RecursionError):
         metadata[name] = rng.choice(NUMBERS + STRINGS)
 
 
-def spoil_tensor(tensors: dict[str, dict], rng: random.Random) -> None:
+def corrupt_tensor(tensors: dict[str, dict], rng: random.Random) -> None:
     """Change what the header says of one tensor."""
     name = rng.choice(list(tensors))
     shape = tensors[name]["shape"]
@@ -225,7 +225,7 @@ def spoil_tensor(tensors: dict[str, dict], rng: random.Random) -> None:
     tensors[new_name] = tensors.pop(name) | rng.choice(changes)
 
 
-def spoil_header(content: bytes, rng: random.Random) -> bytes:
+def corrupt_header(content: bytes, rng: random.Random) -> bytes:
     """A file with other entries in its header, or with other weights."""
     n = 8 + int.from_bytes(content[:8], "little")
     tensors = json.loads(content[8:n])
@@ -234,11 +234,11 @@ def spoil_header(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 4))):
         how = rng.randrange(10)
         if how < 5:
-            spoil_entry(metadata, rng)
+            corrupt_entry(metadata, rng)
         elif how < 6 and len(metadata) > 1:
             del metadata[rng.choice(list(metadata))]
         elif how < 8:
-            spoil_tensor(tensors, rng)
+            corrupt_tensor(tensors, rng)
         else:
             at = 4 * rng.randrange(len(weights) // 4)
             weights[at : at + 4] = struct.pack("<f", rng.choice(WEIGHTS))
@@ -322,8 +322,8 @@ def fuzz(cases: int, seed: int = 1, log: Callable[[str], None] = lambda line: No
         good = good_files(Path(folder))
         for reader, i in itertools.product(READERS, range(cases)):
             source = rng.choice(READERS[reader])
-            spoil = rng.choice((spoil_bytes, spoil_header))
-            path.write_bytes(spoil(good[source], rng))
+            corrupt = rng.choice((corrupt_bytes, corrupt_header))
+            path.write_bytes(corrupt(good[source], rng))
             try:
                 outcome = case(reader, path)
             except Fault as fault:
