@@ -777,11 +777,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @torch.no_grad()
-def evaluate(network: GPT, ids: ndarray, dtype=torch.float32) -> tuple[float, int]:
+def evaluate(
+    network: GPT, ids: ndarray, dtype: torch.dtype = torch.float32, track: Callable = iter
+) -> tuple[float, int]:
     """Mean loss in nats per character over the text `ids` (N,), and the number of characters.
 
     Windows of block_size do not overlap, and the last one is shorter: every known character but
-    the first is predicted once.  raises: UserError if there is none
+    the first is predicted once. `track` may show progress, as tqdm does.  raises: UserError
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
@@ -795,7 +797,7 @@ def evaluate(network: GPT, ids: ndarray, dtype=torch.float32) -> tuple[float, in
     was_training = network.training
     network.eval()
     total = 0.0
-    for i in range(0, len(inputs), rows):
+    for i in track(range(0, len(inputs), rows)):
         x = to_tensor(inputs[i : i + rows], network.device)  # (rows, T)
         y = to_tensor(targets[i : i + rows], network.device)  # (rows, T)
         with autocast(network.device, dtype):
@@ -1514,6 +1516,10 @@ except ImportError as error:
         raise
     sys.exit(f"anexagpt.py: {error}; {INSTALL}")
 
+# A forked process, as multiprocessing makes, would wait forever for OpenMP's threads of its parent.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
 
 # ---- fast paths ----------------------------------------------------------------------------------
 # Each replaces one plain function of the same signature. Those that repeat mathematics are compared
@@ -1680,10 +1686,11 @@ def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
 def use_fast_paths(model: Model) -> None:
     """Generation with the fast versions of `decode` and `attention`."""
     network = model.network
-    is_usual = use_fast_attention(network, torch.float32)
-    if not is_usual or network.device.type != "cpu":
-        return
-    decoder = gpt2_decoder(network)
+    with autocast(network.device, torch.float32):  # none of the caller's
+        is_usual = use_fast_attention(network, torch.float32)
+        if not is_usual or network.device.type != "cpu":
+            return
+        decoder = gpt2_decoder(network)
     if decoder is None:
         note_once(CHANGED)
     else:
@@ -2052,7 +2059,7 @@ class SavedFile(NamedTuple):
         return "loss_sum" in self.tensors
 
 
-def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
+def read_file(path: Path, fix: str = "name another, or fetch it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
         shown = missing_name(path)
@@ -2066,6 +2073,7 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
             fix += f", or use its checkpoint, {unfinished}"
         raise UserError(f"{shown}: no such file; {fix}")
     try:
+        require(not path.is_dir(), "it is a folder; the model is a .safetensors file in it")
         require(path.is_file(), "it is not a regular file")
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -2089,10 +2097,11 @@ def read_file(path: Path, fix: str = "fetch it again") -> SavedFile:
 def load(
     path: str | Path = MODEL, device: str | torch.device = "cpu", plain: bool = False
 ) -> Model:
-    """The model in a model file, in an exported one, or in a checkpoint.  raises: UserError
+    """The model in a model file, in an exported one, or in a checkpoint.
 
     Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
     plain: without fast paths
+    raises: UserError; OSError for a file that cannot be read
     """
     path = user_path(path)
     _, metadata, tensors = read_file(path)
@@ -2103,7 +2112,7 @@ def load(
         for name, weight in weights.items():
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
-    with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
+    with torch.device("meta"):  # without memory: no initial weights are drawn
         network = GPT(metadata.config).float()  # whatever the default dtype is
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
     found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
@@ -2112,7 +2121,7 @@ def load(
     if wrong:
         names = printable(", ".join(wrong[:3]))[:200]
         raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
-    network.load_state_dict(weights)
+    network.to_empty(device="cpu").load_state_dict(weights)
     require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
     network = network.to(select_device(device)).eval()
     model = Model(network, Tokenizer(metadata.characters), metadata, path)
@@ -2222,6 +2231,10 @@ def cache_folder() -> Path:
         return CACHE
 
 
+def is_download(path: Path) -> bool:
+    return path.name.startswith("anexa-") and path.with_suffix(".sha256").is_file()
+
+
 def is_intact(path: Path) -> bool:
     """Whether a stored download has the SHA-256 in the file beside it."""
     try:
@@ -2311,11 +2324,8 @@ def fetch(url: str, path: Path, ending: str) -> None:
     require(not is_compressed, f"the server sent it compressed ({coding[:20]}); {fix}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
-    bar = rich.progress.Progress(
-        console=plain_console(), transient=True, disable=not on_terminal(sys.stderr)
-    )
     with closing(response), publish(path) as temporary:
-        with open(temporary, "xb") as file, bar:
+        with open(temporary, "xb") as file, transient_bar() as bar:
             task = bar.add_task("", total=total)
             while piece := response.raw.read1(1 << 16):
                 file.write(piece)
@@ -2415,8 +2425,10 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(path.read_bytes(), encoding)]  # it can be read only once
     if path.is_file():
         return [Source(path, encoding)]
-    found = path.glob("[!.]*")
-    texts = sorted(p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md"))
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    found = [path / name for name in names if not name.startswith(".")]
+    texts = [p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md")]
+    texts = [p for p in texts if not is_download(p)]  # a folder of texts may be our data/
     if not texts and glob.has_magic(name):  # where the shell does not expand *.txt
         texts = [Path(match) for match in sorted(glob.glob(str(path))) if os.path.isfile(match)]
     if not texts:
@@ -2489,6 +2501,10 @@ def guess_encoding(sample: bytes) -> str | None:
     return guess.encoding if guess and guess.encoding != "utf_8" else None
 
 
+# PDF; ZIP and so Word; old Word; gzip; PNG; JPEG. In some encodings all bytes are characters.
+NOT_TEXT = (b"%PDF-", b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff")
+
+
 def text_error(source: Source, replace_errors: bool) -> UserError:
     """Which byte of a file is not text, and what to do."""
     where = "undecodable bytes"
@@ -2515,11 +2531,9 @@ def text_error(source: Source, replace_errors: bool) -> UserError:
                 where = f"byte 0x{byte:02x} in line {number:,}, near '{printable(around)}'"
                 break
             number += text.count("\n")
-    fix = "save it as plain text, not PDF or Word, or give its `encoding`"
-    is_binary = sample.startswith((b"%PDF", b"PK\3\4", b"\xd0\xcf\x11\xe0"))
+    fix = "save it as plain text, or give its `encoding`"
     guess = guess_encoding(sample)
-    is_new = guess and codecs.lookup(guess).name != codecs.lookup(source.encoding).name
-    if is_new and not is_binary:
+    if guess and codecs.lookup(guess).name != codecs.lookup(source.encoding).name:
         fix = f"try `encoding={guess.replace('_', '-')}`"
     if not replace_errors:
         fix += ", or add `replace_errors` to read such bytes as U+FFFD"
@@ -2549,6 +2563,10 @@ def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[
     for source in sources:
         try:
             with io.TextIOWrapper(source.open(), source.encoding, errors) as file:
+                is_text = not file.buffer.read(8).startswith(NOT_TEXT)
+                fix = "save or unpack it as plain text"
+                require(is_text, f"{source}: a PDF, Word, picture or compressed file; {fix}")
+                file.seek(0)
                 pieces = strip_licenses(decoded_pieces(file, replace_errors))
                 for i, piece in enumerate(filter(None, pieces)):
                     if i == 0 and not last.endswith("\n"):
@@ -2616,6 +2634,9 @@ def load_corpus(
         log(f"NOTE: {as_options(str(error))}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
+    paths = [real_path(source.content) for source in sources if isinstance(source.content, Path)]
+    for path in {path for path in paths if paths.count(path) > 1}:
+        log(f"NOTE: {printable(str(path))} is given more than once")
     is_present = np.zeros(0x110000, bool)
     sha256 = hashlib.sha256()
     n = n_unknown = 0
@@ -2675,6 +2696,12 @@ def on_terminal(stream) -> bool:
         return stream.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def transient_bar() -> rich.progress.Progress:
+    """A progress bar that goes away at its end; none where stderr is not a terminal."""
+    is_hidden = not on_terminal(sys.stderr)
+    return rich.progress.Progress(console=plain_console(), transient=True, disable=is_hidden)
 
 
 def log(text: str = "", rank_variable: str = "RANK") -> None:
@@ -3271,15 +3298,23 @@ def training_lock(out: Path) -> Iterator[None]:
         lock.release()
 
 
+ONE_RUN = threading.RLock()
+
+
 @contextmanager
 def training_state(device: torch.device) -> Iterator[None]:
-    """Gradients, float32 and a faster malloc for a run; then the process is as before."""
+    """Gradients, float32 and a faster malloc for a run; then the process is as before.
+
+    Runs in several threads take turns: a process has one random generator.
+    """
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), ExitStack() as stack:
+    with ONE_RUN, torch.random.fork_rng(devices), ExitStack() as stack:
         for name in {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys():
             stack.callback(os.environ.pop, name, None)  # PyTorch adds it
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        # Without cache: else the weights of the first step would be used by all others.
+        stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
@@ -3346,7 +3381,8 @@ def train(
         same call
     should_stop: asked after each step whether to end the run; the best model so far is returned
     settings: size, init, and the fields of GPTConfig and TrainConfig, for example max_steps=1000
-    raises: UserError; KeyboardInterrupt, after which the same call resumes the last checkpoint
+    raises: UserError; OSError for a text that cannot be read; KeyboardInterrupt, after which the
+        same call resumes the last checkpoint
     """
     asked = check_settings(settings)
     names = text_names(data)
@@ -4305,13 +4341,13 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
     """Prompt and model file of a command.  raises: UserError"""
-    require(args.words, f"give a {name}")
-    prompt, *others = args.words
+    models, others = split_words(args.words)
+    require(others, f"give a {name}")
+    prompt, *others = others
     for word in others:
-        is_model = word.endswith(SUFFIXES) or os.path.exists(word)
         fix = "quote a prompt that has spaces; a model file ends in .safetensors"
-        require(is_model, f"unexpected argument '{missing_name(word)}'; {fix}")
-    return prompt, take_model(args, others)
+        require(os.path.exists(word), f"unexpected argument '{missing_name(word)}'; {fix}")
+    return prompt, take_model(args, others + models)
 
 
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
@@ -4463,8 +4499,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
 
 
 def cmd_eval(args: argparse.Namespace) -> None:
-    models, words = split_words(args.words)
-    texts = args.data + words
+    models, texts = split_words(args.data + args.words)
     model = load_model(take_model(args, models), args, one_text=False)
     dtype = select_dtype(args.dtype, select_device(args.device))
     names = text_names(texts or saved_names(model.metadata))
@@ -4477,7 +4512,8 @@ def cmd_eval(args: argparse.Namespace) -> None:
     to_model_ids = model.tokenizer.encode(corpus.tokenizer.characters)  # (V,)
     ids = to_model_ids[ids]
     log(f"Evaluating on {corpus.info}, {part}: {len(ids):,} characters ...")
-    loss, n = evaluate(model.network, ids, dtype)
+    with transient_bar() as bar:
+        loss, n = evaluate(model.network, ids, dtype, partial(bar.track, description=""))
     losses = f"{loss:.4f} nats/char, {loss / math.log(2):.4f} bits/char"
     perplexity = math.exp(min(loss, 700))
     print(f"{corpus.info}, {part}: {losses}, perplexity {perplexity:.3f}, over {n:,} characters")
@@ -4597,8 +4633,8 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
         require(not is_text, f"'{missing_name(word)}': options begin with --; {DASHES}")
     args = build_parser(name or "run").parse_intermixed_args(argv)
     args.words += literal
-    if not name:
-        check_words(args.words)
+    if not name:  # --data takes a command that follows it, too
+        check_words([word for word in args.data if word in COMMANDS] + args.words)
     return COMMANDS[name or "run"], args
 
 

@@ -245,7 +245,11 @@ def test_plain_names(model, cli):
     assert cli("chat", "bard.safetensors", *sampling, stdin="the\n").out == text
     assert cli("chat", *sampling, "bard.safetensors", stdin="the\n").out == text
     assert "bard.safetensors" in cli("info", "bard.safetensors").out
-    for words in (["letters", "--model", "bard.safetensors"], ["bard.safetensors", "letters"]):
+    for order in (["bard.safetensors", "the"], ["the", "bard.safetensors"]):
+        assert cli("generate", *order, *sampling).out == text
+        assert "attention" in cli("explain", *order).out
+    bard = "bard.safetensors"
+    for words in (["letters", "--model", bard], [bard, "letters"], ["--data", "letters", bard]):
         assert "letters, whole text" in cli("eval", *words, "--device", "cpu").out
     assert cli("export", "bard.safetensors", "hf", "--license", "mit").status == 0
     assert cli("export", "--force", "hf", "bard.safetensors").status == 0
@@ -382,8 +386,9 @@ def test_terminal_without_a_width(model, cli, monkeypatch, columns):
 
 
 def test_command_after_the_options(model, cli):
-    """Catches --quiet train, which took the command for a text."""
+    """Catches a command that is taken for a text."""
     assert cli("--quiet", "train").is_error("'train'", "first")
+    assert cli("--data", "prose.txt", "train").is_error("'train'", "first")
 
 
 def test_model_as_the_command(model, cli):
@@ -429,6 +434,9 @@ def test_model_as_the_command(model, cli):
     ("generate x --seed 99999999999999999999", ["--seed 99999999999999999999"]),
     ("generate x --stop", ["--stop"]),
     ("generate", ["prompt"]),
+    ("generate model.safetensors", ["prompt"]),
+    ("explain model.safetensors --view probs", ["text to show"]),
+    ("info .", ["it is a folder", "name another"]),
     ("explain a --view attn --layer 3", ["layer 3", "1 to 1"]),
     ("explain a --view attn --layer 0", ["layer 0", "1 to 1"]),
     ("explain a --view attn --head -1", ["head -1", "1 to 2"]),

@@ -217,21 +217,24 @@ def test_network_in_another_dtype(tiny, dtype):
         assert np.allclose(load(path).next_characters("the"), expected, atol=0.02)
 
 
-@pytest.mark.parametrize("state", ["no_grad", "inference_mode", "float64"])
+@pytest.mark.parametrize("state", ["no_grad", "inference_mode", "float64", "autocast"])
 def test_state_of_the_caller(tiny, state):
-    """Catches a run without gradients, and a good file that is called broken, where the caller
-    has set PyTorch to something else."""
-    expected = train(text=TEXT, **SMALL)
+    """Catches a run without gradients, weights of the first step that serve all others, and a
+    good file that is called broken, where the caller has set PyTorch to something else."""
+    settings = SMALL | (dict(dtype="bfloat16") if state == "autocast" else {})
+    expected = train(text=TEXT, **settings)
     with contextlib.ExitStack() as stack:
         if state == "float64":
             stack.callback(torch.set_default_dtype, torch.float32)
             torch.set_default_dtype(torch.float64)
+        elif state == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         else:
             stack.enter_context(getattr(torch, state)())
-        model = train(text=TEXT, **SMALL)
+        model = train(text=TEXT, **settings)
         assert load(tiny).generate("the", max_new=9, seed=1)
         assert torch.get_default_dtype() == (torch.float64 if state == "float64" else torch.float32)
-        assert torch.is_grad_enabled() == (state == "float64")
+        assert torch.is_grad_enabled() == (state in ("float64", "autocast"))
     assert model.metadata == expected.metadata
     assert all(map(torch.equal, model.network.parameters(), expected.network.parameters()))
 
@@ -294,13 +297,38 @@ def test_graphics_cards_that_are_not_used(monkeypatch):
     assert not asked
 
 
-def test_in_a_thread():
-    """Catches what works in the main thread only, as signal handlers do."""
-    models, expected = [], train(text=TEXT, **SMALL)
-    thread = threading.Thread(target=lambda: models.append(train(text=TEXT, **SMALL)))
-    thread.start()
-    thread.join()
-    assert models[0].metadata == expected.metadata
+def test_in_threads(tiny):
+    """Catches what works in the main thread only, as signal handlers do, and the random numbers
+    of a run that another run, or loading a model, uses up."""
+    settings = SMALL | dict(dropout=0.1)
+    models, expected = [], train(text=TEXT, **settings)
+
+    def run():
+        models.append(train(text=TEXT, **settings))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while threads[-1].is_alive():
+        load(tiny)
+    for thread in threads:
+        thread.join()
+    assert [model.metadata for model in models] == [expected.metadata] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_forked_process():
+    """Catches a child, as of multiprocessing, that waits for OpenMP's threads of its parent."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.rand(1_000_000).exp()  # a thread starts
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        torch.rand(1_000_000).exp()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    torch.set_num_threads(n_threads)
 
 
 # ---- views ---------------------------------------------------------------------------------------

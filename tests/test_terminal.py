@@ -221,6 +221,17 @@ def test_progress_on_a_terminal_of_60_columns(tmp_path, monkeypatch):
     assert reached > 0 and not Path("model.safetensors").exists()
 
 
+def test_progress_of_an_evaluation(tiny, tmp_path, monkeypatch):
+    """Catches minutes of silence over a large text, and a bar that stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("large.txt").write_text(prose() * 5)
+    child = Terminal("eval", tiny, "large.txt")
+    child.expect("Evaluating on large.txt")
+    child.expect(" 0%.*100%")
+    child.expect("\x1b\\[2Klarge.txt, whole text")
+    assert child.end() == 0
+
+
 def test_progress_off_a_terminal(cli, tmp_path):
     """Catches a first sample that comes late (after 50 steps), lines that lack a figure, 4 digits
     without a comma, escape sequences in a log, and a chart that is too wide or not of the run."""

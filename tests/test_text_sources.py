@@ -115,8 +115,10 @@ def test_blanks_take_linear_time(cli):
 
 
 PDF, DOC = b"%PDF-1.7\n%\xe2\xe3\n" + b"text " * 99, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"x" * 99
+BINARY = (PDF, DOC, b"PK\3\4\0" * 99, gzip.compress(b"text"), b"\x89PNG\r\n", b"\xff\xd8\xff\xe0")
 NOT_TEXT = [
-    *((x, "utf-8", "plain text") for x in (PDF, DOC, b"PK\3\4\0" * 99)),
+    *((x, "utf-8", "as plain text") for x in BINARY),
+    (PDF, "latin-1", "PDF"),  # in which all bytes are characters
     (b"one\0two" * 99, "latin-1", "plain text"),
     (("one two\n" * 99).encode("utf-16-le"), "utf-8", "utf-16"),
     (("one two\n" * 99).encode("utf-16"), "utf-8", "--encoding"),
@@ -139,6 +141,8 @@ def test_not_text(cli, raw, encoding, word):
     assert result.is_error(word) and ("x.txt" in result.err or "unknown" in result.err)
     options = cli("train", "--help").out
     assert all(option in options for option in re.findall("--[a-z-]+", result.err))
+    if raw in BINARY:
+        assert cli("train", *SMALL, "--data", "x.txt", "--replace-errors").is_error(word)
     assert names() == {"x.txt"}
 
 
@@ -168,6 +172,8 @@ def test_several_texts(cli, read):
     writer.start()
     assert read("--data", "pipe")["sha256"] == digest("piped" * 20)
     writer.join()
+    result = cli("train", *SMALL, "sub.txt", "sub.txt/../sub.txt/b.md")
+    assert result.err.count("b.md is given more than once") == 1
     assert read("--data", "c*.txt")["sha256"] == digest("two" * 20)  # as cmd.exe passes it
     Path("empty").mkdir()
     for name, word in {"/dev/zero": "zero", "empty": "*.txt"}.items():
@@ -279,6 +285,10 @@ def test_broken_downloads(cli, read, server, monkeypatch, name):
     mirrors(monkeypatch, "sherlock", bad, server.page("/good", Answer(BOOK)))
     assert read("--data", "sherlock")["sha256"] == digest(BOOK.decode().replace("\r\n", "\n"))
     assert Path("data/anexa-sherlock.txt").read_bytes() == BOOK
+    # A folder of the user's own texts, which happens to be the one for downloads.
+    Path("data/diary.txt").write_text("mine" * 20)
+    Path("data/anexa-notes.txt").write_text("too" * 20)
+    assert read("--data", "data")["sha256"] == digest("too" * 20 + "\n" + "mine" * 20)
 
 
 def test_no_answer(cli, server, monkeypatch):
