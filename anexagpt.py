@@ -2112,7 +2112,7 @@ def load(
         for name, weight in weights.items():
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
-    with torch.device("meta"):  # without memory: no initial weights are drawn
+    with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
         network = GPT(metadata.config).float()  # whatever the default dtype is
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
     found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
@@ -2121,7 +2121,7 @@ def load(
     if wrong:
         names = printable(", ".join(wrong[:3]))[:200]
         raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
-    network.to_empty(device="cpu").load_state_dict(weights)
+    network.load_state_dict(weights)
     require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
     network = network.to(select_device(device)).eval()
     model = Model(network, Tokenizer(metadata.characters), metadata, path)
@@ -4055,7 +4055,8 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     is_id = license.isascii() and license.isprintable()
     fix = "must be an identifier of the Hub, for example mit"
     require(is_id, f"`license={printable(license)}`: {fix}")
-    model = replace(model, metadata=without_paths(model.metadata))
+    model = copy.copy(model)
+    model.metadata = without_paths(model.metadata)
     weights = {}
     for name, weight in model.network.named_parameters():
         if name.startswith("h."):  # transformers stores matrices as (in, out), ours are (out, in)

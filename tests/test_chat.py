@@ -306,10 +306,10 @@ def test_what_is_read(model, cli):
 
 
 def test_open_quotes_take_linear_time(model, cli):
-    """Catches an unclosed prompt of 100,000 lines that takes minutes."""
+    """Catches an unclosed prompt of 40,000 lines that takes minutes."""
     started = time.process_time()
-    result = cli("chat", "-n", 0, stdin='"""' + "\n" * 100_000)
-    assert result.status == 0 and time.process_time() - started < 10
+    result = cli("chat", "-n", 0, stdin='"""' + "\n" * 40_000)
+    assert result.status == 0 and time.process_time() - started < 4
 
 
 def test_views_of_long_texts(model, cli):
@@ -368,7 +368,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]
-    assert out == ""
+    assert out == "" and len(messages) == len(lines) + 1  # the last is the end of the input
     for (line, expected), message in zip(lines.items(), messages, strict=False):
         assert expected in message and message.startswith("("), (line, message)
         assert message.count("\n") == 1

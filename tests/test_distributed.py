@@ -21,8 +21,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import anexagpt
 
-LONG = ["train", "prose.txt", *TINY, "--batch-size", 5, "--dropout", 0, "--max-steps", 100]
-LONG += ["--eval-interval", 50]
+LONG = ["train", "prose.txt", *TINY, "--batch-size", 5, "--dropout", 0, "--max-steps", 50]
+LONG += ["--eval-interval", 25]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,8 @@ def alone(tmp_path_factory) -> list:
 
 
 def same(rows: list, expected: list) -> None:
-    """Equal losses of 100 steps, but for differences of rounding, which grow."""
-    assert [row[0] for row in rows] == [row[0] for row in expected] == [*(50, 100)]
+    """Equal losses of 50 steps, but for differences of rounding, which grow."""
+    assert [row[0] for row in rows] == [row[0] for row in expected] == [25, 50]
     for row, other, error in zip(rows, expected, (5e-4, 5e-3), strict=True):
         assert tuple(row) == pytest.approx(tuple(other), abs=error)
 
@@ -254,3 +254,13 @@ def test_ranks_have_their_own_dropout():
         trainer.set_inputs()
         masks.append(torch.nn.functional.dropout(torch.ones(64)).tolist())
     assert masks[0] == masks[2] != masks[1]
+
+
+def test_another_rank_that_failed(cli, monkeypatch):
+    """Catches a traceback from the depths of gloo where another rank has died."""
+
+    def fail(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+    monkeypatch.setattr(anexagpt, "train", fail)
+    assert cli("train").is_error("another rank failed; the same command resumes")

@@ -216,15 +216,28 @@ def test_terminal_that_is_closed(nohup):
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         register_optimizer_step_post_hook(lambda *_: time.sleep(0.02))
 
-    options = [*OPTIONS, "--max-steps", 60]
+    steps = 12 if nohup else 60
+    options = [*OPTIONS, "--max-steps", steps]
     run = Fork("train", *options, prepare=attach, stderr=slave, TERM="xterm")
     os.close(slave)
-    while b"/60" not in os.read(master, 1000):
+    while f"/{steps}".encode() not in os.read(master, 1000):
         pass
     os.close(master)
     status = run.result().status
     step = anexagpt.load(MODEL if nohup else CHECKPOINT).metadata.step
-    assert (status, step) == (0, 60) if nohup else status == 129 and 0 < step < 60
+    assert (status, step) == (0, steps) if nohup else status == 129 and 0 < step < 60
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_before_the_first_step(cli, monkeypatch, number, status):
+    """Catches Ctrl-C during a download that waits until the text is there."""
+
+    def read(*_):
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(anexagpt, "load_corpus", read)
+    assert cli("train", *OPTIONS).status == status and names() == {"prose.txt"}
 
 
 @pytest.mark.parametrize("where", ["reader gone", "/dev/full"])

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import re
 import symtable
 import sys
 import types
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, interrupt_at, prose, start
+from conftest import ROOT, TINY, interrupt_at, prose
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -23,37 +24,29 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=64, block_size=32)
 ONE_BLOCK = SHAPE | dict(n_layer=1)
 RUN = dict(max_steps=200, batch_size=8, eval_interval=200, seed=3)
 
-ALONE = f"""
-import sys
-from pathlib import Path
-import torch
-import lesson
-torch.set_num_threads(1)
-corpus = lesson.Corpus.from_text(Path("book.txt").read_text(encoding="utf-8"))
-config = lesson.GPTConfig(**{ONE_BLOCK})
-trainer = lesson.Trainer(corpus, config, lesson.TrainConfig(**{RUN}))
-trainer.fit(on_evaluation=lambda trainer: print(trainer.history[-1].validation_loss))
-model = trainer.best_model()
-model.save("lesson.safetensors")
-text = model.generate("It was a", max_new=80, seed=1)
-assert lesson.Model.load("lesson.safetensors").generate("It was a", max_new=80, seed=1) == text
-assert not {{"rich", "requests", "prompt_toolkit", "filelock"}} & set(sys.modules)
-"""
 
-
-def test_the_lesson_stands_alone(tmp_path, sherlock):
+def test_the_lesson_stands_alone(tmp_path, sherlock, monkeypatch):
     """Catches a first part that needs the second, or that trains another model than the program
     does without its fast paths."""
+    imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", LESSON))
+    assert "torch" in imported
+    assert not imported & {"rich", "requests", "prompt_toolkit", "filelock"}
+    lesson = types.ModuleType("lesson")
+    monkeypatch.setitem(sys.modules, "lesson", lesson)
+    exec(compile(LESSON, "lesson", "exec"), vars(lesson))
     text = sherlock.decode("utf-8-sig").replace("\r\n", "\n")
-    (tmp_path / "lesson.py").write_text(LESSON, encoding="utf-8")
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8", newline="\n")
-    (tmp_path / "alone.py").write_text(ALONE)
-    result = start(cwd=tmp_path, program=tmp_path / "alone.py")
-    assert result.status == 0, result.err
-    assert float(result.out.split()[-1]) < 2.44  # a bigram model's loss on this text
+    config = lesson.GPTConfig(**ONE_BLOCK)
+    trainer = lesson.Trainer(lesson.Corpus.from_text(text), config, lesson.TrainConfig(**RUN))
+    trainer.fit()
+    assert trainer.history[-1].validation_loss < 2.44  # a bigram model's loss on this text
+    model = trainer.best_model()
+    path = tmp_path / "lesson.safetensors"
+    model.save(path)
+    written = model.generate("It was a", max_new=80, seed=1)
+    assert lesson.Model.load(path).generate("It was a", max_new=80, seed=1) == written
     settings = dict(device="cpu", dtype="float32", plain=True, progress=False)
     model = anexagpt.train(text=text, **settings, **ONE_BLOCK, **RUN)
-    expected = load_file(tmp_path / "lesson.safetensors")
+    expected = load_file(path)
     for name, weight in model.network.named_parameters():
         assert torch.equal(weight, expected[name]), name
 

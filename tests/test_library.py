@@ -297,9 +297,9 @@ def test_graphics_cards_that_are_not_used(monkeypatch):
     assert not asked
 
 
-def test_in_threads(tiny):
+def test_in_threads():
     """Catches what works in the main thread only, as signal handlers do, and the random numbers
-    of a run that another run, or loading a model, uses up."""
+    of a run that another run uses up."""
     settings = SMALL | dict(dropout=0.1)
     models, expected = [], train(text=TEXT, **settings)
 
@@ -309,8 +309,6 @@ def test_in_threads(tiny):
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
-    while threads[-1].is_alive():
-        load(tiny)
     for thread in threads:
         thread.join()
     assert [model.metadata for model in models] == [expected.metadata] * 2

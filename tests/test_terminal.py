@@ -294,6 +294,10 @@ def test_tensorboard(cli):
     for i, name in enumerate(("training_loss", "validation_loss"), 1):
         points = [(point.step, pytest.approx(point.value)) for point in events.Scalars(name)]
         assert points == [(row[0], row[i]) for row in history] and len(points) == 4
+    cfg = anexagpt.TrainConfig.pick(anexagpt.load("model.safetensors").metadata.training)
+    expected = [pytest.approx(anexagpt.lr_scale(row.step - 1, cfg)) for row in history]
+    assert [point.value for point in events.Scalars("lr_scale")] == expected
+    assert all(point.value > 100 for point in events.Scalars("characters_per_second"))
 
 
 @pytest.mark.parametrize("n", [0, 3, 9])
@@ -322,7 +326,7 @@ def test_tensorboard_on_a_full_disk(cli, monkeypatch, n):
 
 
 def test_one_is_singular(tiny, cli):
-    """Catches "1 heads", "1 characters", "1 steps"."""
+    """Catches "1 heads", "1 characters"."""
     random_model(tiny, "model.safetensors", "abc\n", n_head=1, n_layer=1)
     Path("t.txt").write_text("abc\n" * 100 + "z")
     Path("prose.txt").write_text(prose(100))

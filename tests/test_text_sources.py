@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 import tracemalloc
@@ -144,6 +145,18 @@ def test_not_text(cli, raw, encoding, word):
     if raw in BINARY:
         assert cli("train", *SMALL, "--data", "x.txt", "--replace-errors").is_error(word)
     assert names() == {"x.txt"}
+
+
+def test_eval_reads_as_train_does(cli):
+    """Catches --encoding and --replace-errors that eval, or the second run, ignores."""
+    Path("x.txt").write_bytes(("caf\u00e9 noir\n" * 40).encode("cp1252"))
+    assert cli("train", *SMALL, "--data", "x.txt", "--encoding", "cp1252").status == 0
+    assert cli("eval").is_error("x.txt", "--encoding")
+    assert "validation part" in cli("eval", "--encoding", "cp1252").out
+    result = cli("eval", "--replace-errors")
+    assert "whole text" in result.out and "does not know them: 40)" in result.err
+    result = cli("run", "./x.txt", "--encoding", "cp1252", "-n", 5, stdin="noir\n")
+    assert result.status == 0 and len(result.out) > 5, result
 
 
 # ---- files, folders, standard input --------------------------------------------------------------
@@ -440,7 +453,18 @@ def test_odd_content_length(cli, server, monkeypatch, length):
     """Catches a traceback or a riddle for a header that is no number."""
     url = server.page("/a.txt", Answer(BOOK, length=length))
     result = cli("train", "--data", url, *SMALL)
+    assert result.status == (2 if length.startswith("9") else 0), result
     assert result.status == 0 or failed(result, "127.0.0.1")
+
+
+def test_a_model_is_opened_without_its_text(cli, server):
+    """Catches a finished model that needs a network, since its text is an address."""
+    url = server.page("/a.txt", Answer(prose(100).encode()), Answer(b"gone", 404))
+    options = ["--data", url, *SMALL[:-1]]
+    assert cli("run", *options).status == 0
+    shutil.rmtree("data")
+    result = cli("run", *options, "-n", 5, stdin="a cat\n")
+    assert result.status == 0 and len(result.out) > 5 and "NOTE: --data" in result.err, result
 
 
 def test_certificates_and_proxies(cli, server, monkeypatch):

@@ -467,12 +467,24 @@ def test_diverged(cli, tiny, rate, early):
         assert step < 1_000  # long before the end
 
 
-def test_diverged_from_the_start(cli, tiny):
+def test_diverged_from_the_start():
     """Catches a run that was never good, and goes on to its last step."""
-    options = [*OPTIONS, "--muon-learning-rate", 10, "--learning-rate", 10, "--max-steps", 100_000]
-    options += ["--n-embd", 8, "--batch-size", 2]
-    result = cli("train", tiny.parent / "prose.txt", *options, "--eval-interval", 200)
-    assert result.status == 2 and "diverged at step 1,000" in result.err
+    cfg = TrainConfig(max_steps=100_000)
+    trainer = Trainer(Corpus.from_text(prose(300)), GPTConfig(block_size=16), cfg)
+    trainer.steps_done = 999
+    trainer.check_divergence(9.0, 9.0)
+    trainer.steps_done = 1_000
+    with pytest.raises(anexagpt.UserError, match="diverged at step 1,000"):
+        trainer.check_divergence(9.0, 9.0)
+
+
+@pytest.mark.parametrize("found", [{}, dict(avx512_bf16=True), dict(amx_bf16=True)], ids=str)
+def test_default_dtype(monkeypatch, found):
+    """Catches a fast number format that is not used, or is used where it is slow."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    expected = torch.bfloat16 if found else torch.float32
+    assert anexagpt.select_dtype("auto", torch.device("cpu")) == expected
+    assert anexagpt.select_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_overfitting_is_noticed(cli, tmp_path):
