@@ -229,6 +229,13 @@ class TrainConfig(Config):
     init: str | None = option(None, "model file to fine-tune")
 
 
+def default_dropout(epochs: float) -> float:
+    """The more often a text is repeated, the sooner it is memorized."""
+    if epochs < 25:
+        return 0.0
+    return 0.1 if epochs < 80 else 0.2
+
+
 def resolve(
     cfg: TrainConfig, config: GPTConfig, n_chars: int, device: str, dtype: torch.dtype
 ) -> TrainConfig:
@@ -258,14 +265,7 @@ def resolve(
         # the square root is near that.
         learning_rate = round(6e-3 * min(1.0, 128 / config.n_embd) ** 0.5, 4)
     epochs = cfg.max_steps * batch_size * config.block_size / n_chars
-    dropout = cfg.dropout
-    if dropout is None:  # the more often a text is repeated, the sooner it is memorized
-        if epochs < 25:
-            dropout = 0.0
-        elif epochs < 80:
-            dropout = 0.1
-        else:
-            dropout = 0.2
+    dropout = default_dropout(epochs) if cfg.dropout is None else cfg.dropout
     logit_scale = cfg.logit_scale
     if logit_scale is None:
         # Multiplies the logits in training only, against overconfidence on a repeated text:
@@ -285,7 +285,7 @@ def resolve(
 # One token is one character; its id is its rank among the sorted characters of the text.
 
 UNKNOWN = "\ufffd"  # id 0: any character that the vocabulary lacks; never sampled
-EQUIVALENTS = str.maketrans("‘’‚“”„–—―−", "'''\"\"\"----")
+EQUIVALENTS = str.maketrans("‘’‚´`“”„–—―−", "'''''\"\"\"----")
 
 
 def build_vocab(characters: Iterable[str]) -> str:
@@ -536,13 +536,17 @@ class GPT(nn.Module):
             raise IndexError(f"{end} positions exceed block_size {self.config.block_size}")
         return self.wte(ids) + self.wpe.weight[start:end]
 
-    def hidden(
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of the next character, read from a residual stream x (..., C)."""
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    def forward(
         self, ids: Tensor, cache: KVCache | None = None, context: int | None = None
     ) -> Tensor:
-        """Residual stream (B, T, C) after the last block; `ids` (B, T) follow those in `cache`.
+        """Logits (B, T, V) of the character after each of `ids` (B, T), which follow the `cache`.
 
         With a `context`, the texts are cut into pieces of that many characters, which do not see
-        each other: (B * T / context, context, C).
+        each other: (B * T / context, context, V).
         """
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
@@ -552,17 +556,7 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
-        return x
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of the next character, read from a residual stream x (..., C)."""
-        return F.linear(self.ln_f(x), self.wte.weight)
-
-    def forward(
-        self, ids: Tensor, cache: KVCache | None = None, context: int | None = None
-    ) -> Tensor:
-        """Logits (B, T, V) of the character that follows each of `ids` (B, T); see `hidden`."""
-        return self.logits(self.hidden(ids, cache, context))
+        return self.logits(x)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -1218,8 +1212,8 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
 @torch.inference_mode()
 def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
     """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
-    x = network.hidden(to_tensor(ids, network.device), cache)  # (B, T, C)
-    return to_array(network.logits(x[:, -1]))  # (B, V)
+    logits = network(to_tensor(ids, network.device), cache)  # (B, T, V)
+    return to_array(logits[:, -1])  # (B, V)
 
 
 def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
@@ -1725,7 +1719,7 @@ class CudaGraph:
                 self.update()
             self.update = graph.replay
         except RuntimeError as error:
-            log(f"NOTE: no CUDA graph ({first_line(error.__context__ or error)}); slower without")
+            note_once(f"no CUDA graph ({first_line(error.__context__ or error)}); slower without")
             del graph  # its memory is needed
             # Before PyTorch 2.12 the random generator stays in capture mode after a failure.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -2005,10 +1999,14 @@ class RunFile:
             return self.write(tensors, header)
         except (OSError, MemoryError, RuntimeError) as error:
             reason = save_error(error)
+        folder = None
         try:
-            other = Path(tempfile.mkdtemp(prefix="anexa-")) / self.path.name
+            folder = tempfile.mkdtemp(prefix="anexa-")
+            other = Path(folder, self.path.name)
             write_tensors(other, tensors, header)
         except (OSError, MemoryError, RuntimeError) as error:
+            if folder:  # half a file would only take room
+                shutil.rmtree(folder, ignore_errors=True)
             failed = f"cannot be saved ({reason}), nor in a temporary folder ({save_error(error)})"
             raise UserError(f"{self.path}: {failed}; make room, and resume") from None
         raise UserError(f"{self.path}: {reason}; saved to {other} instead: move it here")
@@ -2080,8 +2078,9 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
             metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             check_metadata(metadata)
-            n_bytes = 4 * metadata.config.n_parameters()
-            require(path.stat().st_size > n_bytes, "its tensors are not those of its config")
+            n_bytes = 4 * metadata.config.n_parameters()  # a changed network may have fewer
+            is_possible = n_bytes < 10 * path.stat().st_size  # so that the memory has limits
+            require(is_possible, "its tensors are not those of its config")
             file.seek(0)  # read, not mapped: the file may be replaced while it is in use
             return SavedFile(path, metadata, safetensors.torch.load(file.read()))
     except KeyError as error:
@@ -2340,6 +2339,9 @@ def download_error(error: Exception) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
+    if isinstance(error, requests.exceptions.SSLError):
+        fix = "a certificate file in REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE must have PEM format"
+        return f"the encrypted connection failed; {fix}"
     variables = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
     if isinstance(error, requests.exceptions.ProxyError):
         return f"the proxy failed; correct {variables}, or unset them"
@@ -2441,7 +2443,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
 MARKER = r"\*\*\*\s?%s\sOF\sTH(?:E|IS)\sPROJECT\sGUTENBERG\sE(?:BOOK|TEXT)[^*]{0,300}\*\*\*"
 SMALL_PRINT = r"\*END\*?\s?THE\sSMALL\sPRINT![^*]{0,300}\*[^*\n]{0,40}\*END\*"
 START = f"{MARKER % 'START'}|{SMALL_PRINT}"
-LAST_LINE = r"(?i)(?:End of|Ende d\w+|Fin d\w+)\s(?:the |this )?Proje[ck]t Gutenberg"
+LAST_LINE = r"(?i)(?:End of|Ende d\w+|Fin d\w+)\s(?:the |this )?Proje[ck]?t Gutenberg"
 
 
 def split_books(text: str) -> list[str]:
@@ -2490,15 +2492,18 @@ def strip_licenses(pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def guess_encoding(sample: bytes) -> str | None:
-    """The likely encoding of the beginning of a text, of which a few bytes may be corrupt."""
+def guess_encodings(sample: bytes) -> list[str]:
+    """Likely encodings of the beginning of a text, of which a few bytes may be corrupt."""
     text = sample.decode("utf-8", "replace")
     n_corrupt = text.count(UNKNOWN)
     n_other = len(text) - len(text.encode("ascii", "ignore"))  # in UTF-8 of several bytes
     if n_other > 2 * n_corrupt:  # bytes of another encoding are hardly ever UTF-8
-        return "utf_8"
-    guess = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS).best()
-    return guess.encoding if guess and guess.encoding != "utf_8" else None
+        return ["utf-8"]
+    guesses = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS)
+    names = [guess.encoding.replace("_", "-") for guess in guesses]  # the likeliest first
+    if {*names[:2]} == {"cp1250", "cp1252"}:  # Central and Western Europe: few letters differ
+        return ["cp1252", "cp1250"]
+    return [name for name in names[:1] if name != "utf-8"]
 
 
 # PDF; ZIP and so Word; old Word; gzip; PNG; JPEG. In some encodings all bytes are characters.
@@ -2532,9 +2537,10 @@ def text_error(source: Source, replace_errors: bool) -> UserError:
                 break
             number += text.count("\n")
     fix = "save it as plain text, or give its `encoding`"
-    guess = guess_encoding(sample)
-    if guess and codecs.lookup(guess).name != codecs.lookup(source.encoding).name:
-        fix = f"try `encoding={guess.replace('_', '-')}`"
+    given = codecs.lookup(source.encoding).name
+    guesses = [name for name in guess_encodings(sample) if codecs.lookup(name).name != given]
+    if guesses:
+        fix = f"try {' or '.join(f'`encoding={name}`' for name in guesses)}"
     if not replace_errors:
         fix += ", or add `replace_errors` to read such bytes as U+FFFD"
     return UserError(f"{source}: not plain {source.encoding.upper()} text: {where}; {fix}")
@@ -3204,15 +3210,16 @@ def check_corpus(corpus: Corpus, block_size: int, can_shrink: bool) -> None:
     """raises: UserError if the text is too short, or broken"""
     name = str(corpus.info)
     needed = 10 * block_size + 10
+    train_ids, val_ids = split_ids(corpus.ids)
+    is_text = train_ids[1:].any() and val_ids[1:].any()
+    mostly = "mostly U+FFFD, the mark of undecodable characters"
+    fix = "save it again, or give its real `encoding`"
+    require(is_text or len(corpus.ids) < needed, f"`data={name}`: {mostly}; {fix}")
     n = np.count_nonzero(corpus.ids)  # without U+FFFD
     fix = f"training needs {needed:,}, 10 windows; take a longer text"
     if can_shrink:
         fix += " or a smaller `block_size`"
     require(n >= needed, f"`data={name}`: {n:,} characters, but {fix}")
-    train_ids, val_ids = split_ids(corpus.ids)
-    is_text = train_ids[1:].any() and val_ids[1:].any()
-    fix = "save it again, or give its real `encoding`"
-    require(is_text, f"`data={name}`: mostly U+FFFD, the mark of undecodable characters; {fix}")
 
 
 class Plan(NamedTuple):
@@ -3254,9 +3261,11 @@ def make_trainer(
     """Trainer of a new run, or of the unfinished one.  raises: UserError"""
     check_corpus(corpus, plan.config.block_size, can_shrink=plan.init is None)
     if plan.unfinished:
-        is_same = corpus.info.sha256 == plan.unfinished.metadata.data.sha256
-        fix = "give that, or add `restart`"
-        require(is_same, f"`data={corpus.info}`: not the text of the run; {fix}")
+        path, metadata, tensors = plan.unfinished
+        is_same = corpus.info.sha256 == metadata.data.sha256
+        run = f"{path}: is an unfinished run on {metadata.data} at step {metadata.step:,}"
+        fix = "to resume, give its text; to discard it, add `restart`"
+        require(is_same, f"{run}, and `data={corpus.info}` is another text; {fix}")
     arguments = (corpus, plan.config, plan.cfg, device, dtype)
     trainer = Trainer(*arguments) if ctx.world_size == 1 else DistributedTrainer(ctx, *arguments)
     if plan.init:
@@ -3264,7 +3273,6 @@ def make_trainer(
         trainer.network.load_state_dict(weights)
         trainer.ema.load_state_dict(weights)
     if plan.unfinished:
-        path, metadata, tensors = plan.unfinished
         try:
             trainer.load_state_dict(tensors, metadata)
         except UserError as error:
@@ -4003,7 +4011,9 @@ write = pipeline("text-generation", model="{title}")
 print(write("{prompt}", max_length={m.config.block_size})[0]["generated_text"])
 ```
 
-With Anexa, at any length: `python anexagpt.py chat model.safetensors`
+With Anexa, at any length: `python anexagpt.py chat model.safetensors`. For llama.cpp:
+`python anexagpt.py export model.safetensors --gguf model.gguf`, then
+`llama-completion -m model.gguf -no-cnv --ignore-eos -n 128 -p "{prompt}"`
 
 Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
 which was not trained on (these are the weights with the lowest). Training: {training}.
@@ -4227,9 +4237,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         hint = f"see {self.prog} --help"
-        if message.startswith(("unrecognized", "argument --stop")):
+        is_unknown = message.startswith("unrecognized")
+        takes_text = self.prog.endswith(("generate", "explain"))
+        if (is_unknown and takes_text) or message.startswith("argument --stop"):
             hint += f"; {DASHES}"
-        if message.startswith("unrecognized"):  # up to the first option: a value may be a token
+        if is_unknown:  # up to the first option: a value may be a token
             message = re.sub(r"(?s)( -[^\s=]+).*", r"\1", message)
         self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 

@@ -58,6 +58,10 @@ class Value:
     def log(self):
         return scalar(math.log(self.data), [self], [1 / self.data])
 
+    def tanh(self):
+        y = math.tanh(self.data)
+        return scalar(y, [self], [1 - y * y])
+
     # fmt: off
     def __neg__(self): return self * -1.0
     def __sub__(self, other): return self + -other
@@ -515,10 +519,19 @@ def fit(state_dict, config, train_ids, val_ids, args, rng):
     return history
 
 
+def unigram_entropy(ids):
+    """Loss in nats of the best guess that knows only how often each of `ids` occurs."""
+    counts = [ids.count(i) for i in set(ids)]
+    return sum(n / len(ids) * math.log(len(ids) / n) for n in counts)
+
+
 def train(args):
     """Train on the text --data and write the model to --out."""
     name = args.data.name
-    text = args.data.read_text(encoding="utf-8-sig")
+    try:
+        text = args.data.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.data}: byte {error.start:,} is not utf-8 text") from None
     T = args.block_size
     characters = build_vocab(text)
     config = GPTConfig(len(characters), T, args.n_layer, args.n_head, args.n_embd)
@@ -531,7 +544,8 @@ def train(args):
     fix = f"choose another --out; if it is a model, prompt it with --model {args.out}"
     require(not args.out.exists(), f"{args.out}: exists; {fix}")
     tempfile.TemporaryFile(dir=args.out.parent).close()  # fails now if saving would fail
-    log(f"{name}: {len(text):,} characters, {config}")
+    entropy = unigram_entropy(ids)
+    log(f"{name}: {len(text):,} characters, unigram entropy {entropy:.4f}, {config}")
     rng = random.Random(args.seed)
     state_dict = init_weights(config, rng)
     history = fit(state_dict, config, train_ids, val_ids, args, rng)
@@ -758,7 +772,10 @@ def main(argv):
         return 0
     except BrokenPipeError:
         os._exit(0)  # the reader of standard output is gone, as after `| head`: nothing to flush
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        log(f"{Path(__file__).name}: {error.filename or 'output'}: {error.strerror or error}")
+        return 2
+    except ValueError as error:
         log(f"{Path(__file__).name}: {error}")
         return 2
     except OverflowError:

@@ -405,7 +405,7 @@ def test_model_as_the_command(model, cli):
     ("train --n-embd 130 --n-head 4", ["--n-embd 130", "132"]),
     ("train --max-steps 0", ["--max-steps 0", "from 1 to"]),
     ("train --max-steps 1.5", ["--max-steps", "1.5"]),
-    ("train --max-step 5", ["--max-step"]),
+    ("train --max-step 5", ["--max-step (see anexagpt.py train --help)"]),
     ("train --block-size 50000", ["--block-size 50", "4,096"]),
     ("train --dropout 0.95", ["--dropout 0.95", "0.9"]),
     ("train --learning-rate inf", ["--learning-rate inf"]),

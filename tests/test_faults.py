@@ -127,6 +127,10 @@ def test_stopped_and_resumed(cli, number):
         result = Fork("train", *OPTIONS).result()
     assert result.status == 128 + number and "step 10" in result.err, result
     assert names() == {"prose.txt", "whole.safetensors", str(CHECKPOINT)}
+    Path("other.txt").write_text("a cat\n" * 200)
+    found = "is an unfinished run on prose.txt at step 10, and --data other.txt is another text"
+    assert cli("train", "other.txt").is_error(f"{CHECKPOINT}: {found}")
+    os.remove("other.txt")
     result = cli("train")  # text, settings and number format are those of the run
     assert result.status == 0 and "at step 10" in result.err
     assert names() == {"prose.txt", "whole.safetensors", str(MODEL)}

@@ -1,5 +1,6 @@
 """The first part of the program, a GPT on its own, and the fast paths that replace parts of it."""
 
+import ast
 import builtins
 import copy
 import re
@@ -57,6 +58,14 @@ def global_names(table: symtable.SymbolTable) -> set[str]:
     return names.union(*map(global_names, table.get_children()))
 
 
+def test_functions_of_the_lesson_are_short():
+    """Catches a function that no longer fits on a screen."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(LESSON)):
+        if isinstance(node, functions):
+            assert node.end_lineno - node.lineno < 45, node.name
+
+
 def test_the_lesson_knows_nothing_below(monkeypatch):
     """Catches a name of the second part in a line of the first that no test runs."""
     module = types.ModuleType("lesson")
@@ -110,7 +119,8 @@ def test_a_changed_network_is_what_writes(tiny, tmp_path, capfd, monkeypatch, ho
 
 
 @pytest.mark.parametrize(
-    "change", ["local attention", "window", "RMSNorm", "no bias", "new name", "new weights"]
+    "change",
+    ["local attention", "window", "RMSNorm", "no bias", "new name", "new weights", "output"],
 )
 def test_other_changes_are_what_writes(capfd, monkeypatch, change):
     """Catches a fast path that ignores what shows in long contexts only, or in the weights after
@@ -142,6 +152,9 @@ def test_other_changes_are_what_writes(capfd, monkeypatch, change):
         network.h[1].mlp.c_fc.bias = None
         n = network.config.n_parameters() - 64
         monkeypatch.setattr(GPTConfig, "n_parameters", lambda config: n)
+    elif change == "output":
+        whole = anexagpt.GPT.forward
+        monkeypatch.setattr(anexagpt.GPT, "forward", lambda self, *args: -whole(self, *args))
     elif change == "new name":
         mlp = network.h[1].mlp
         mlp.fc = mlp._modules.pop("c_fc")
@@ -155,6 +168,21 @@ def test_other_changes_are_what_writes(capfd, monkeypatch, change):
     text = model.generate("the ", max_new=56, temperature=0.0)
     assert text == model.tokenizer.decode(expected[len(ids) :])
     assert capfd.readouterr().err.count("was changed") == 1
+
+
+def test_a_network_with_fewer_weights_is_opened(tmp_path, monkeypatch):
+    """Catches a learner's model, trained and saved, that is called incomplete."""
+
+    def init(self, config, old=anexagpt.GPT.__init__):
+        old(self, config)
+        self.wpe = torch.nn.Embedding(1, config.n_embd)  # as with rotary embeddings
+
+    monkeypatch.setattr(anexagpt.GPT, "__init__", init)
+    monkeypatch.setattr(anexagpt.GPT, "embed", lambda self, ids, start=0: self.wte(ids))
+    settings = dict(device="cpu", progress=False, max_steps=5, n_layer=1, n_head=2, n_embd=16)
+    model = anexagpt.train(text=prose(700), out=tmp_path / "m.safetensors", **settings)
+    assert len(anexagpt.load(tmp_path / "m.safetensors").generate("the", max_new=5)) == 5
+    assert model.network.wpe.weight.shape == (1, 16)
 
 
 def test_a_comparison_leaves_no_trace(tiny):
@@ -251,20 +279,16 @@ def test_evaluate_leaves_the_mode(tiny):
         assert model.network.training == mode
 
 
-def test_prefill_computes_the_last_position_of_one_prompt(tiny, monkeypatch):
-    """Catches logits of every position, and of each of 64 equal prompts: gigabytes for a large
-    vocabulary."""
+def test_prefill_reads_one_prompt(tiny, monkeypatch):
+    """Catches a prompt that is read once for each of the 64 texts that continue it."""
     model, shapes = anexagpt.load(tiny), []
-    logits, hidden = anexagpt.GPT.logits, anexagpt.GPT.hidden
+    embed = anexagpt.GPT.embed
     monkeypatch.setattr(
-        anexagpt.GPT, "logits", lambda self, x: shapes.append(x.shape[:-1]) or logits(self, x)
-    )
-    monkeypatch.setattr(
-        anexagpt.GPT, "hidden", lambda self, x, c=None: shapes.append(x.shape) or hidden(self, x, c)
+        anexagpt.GPT, "embed", lambda self, x, i: shapes.append(x.shape) or embed(self, x, i)
     )
     pieces = model.stream_batch("the cat", SampleConfig(max_new=2), range(64))
     next(pieces)
-    assert shapes == [(1, 7), (1,)]
+    assert shapes == [(1, 7)]
 
 
 def test_what_a_run_decides_is_kept(cli, tmp_path):

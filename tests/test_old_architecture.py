@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from itertools import islice
 
@@ -50,6 +51,7 @@ def test_scalar_operators_equal_torch():
         lambda a, b: a / b + 2 / a + b / 4,
         lambda a, b: -(a**3) + b**-0.5,
         lambda a, b: (a + b) * (a + b) * a.exp() / (a + b).log(),
+        lambda a, b: (a - b).tanh() * b,
     ):
         ours = [Value(1.3), Value(2.7)]
         theirs = [torch.tensor(v.data, dtype=torch.float64, requires_grad=True) for v in ours]
@@ -306,6 +308,10 @@ def test_training_learns_saves_and_prompts(trained):
     assert done.status == 0, done.err
     found = re.findall(r"step \d+/80: loss \d\.\d+, validation loss (\d\.\d+)\n", done.err)
     assert len(found) == 10 and float(found[-1]) < 1.6 < 2.1 < float(found[0])
+    counts = Counter((folder / "text.txt").read_text())
+    shares = torch.tensor(list(counts.values()), dtype=torch.float64) / counts.total()
+    entropy = torch.distributions.Categorical(shares).entropy().item()
+    assert f"unigram entropy {entropy:.4f}, " in done.err and float(found[-1]) < entropy
     assert "Training finished...\nModel saved to old_model.safetensors\n" in done.err
     lines = (
         "--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)\nPrompt: "
@@ -329,9 +335,9 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path, cli):
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("--model nowhere.safetensors", "nowhere.safetensors"),
+        ("--model nowhere.safetensors", "py: nowhere.safetensors: No such file or directory"),
         ("--model bad.txt", "bad.txt: not a whole model of Anexa"),
-        ("--data bad.txt", "utf-8"),
+        ("--data bad.txt", "bad.txt: byte"),
         ("--data short.txt", "short.txt: 5 characters"),
         ("--out no/where.safetensors", "No such file"),
         ("--n-head 5", "n_embd must be a multiple of n_head"),

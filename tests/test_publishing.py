@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -267,8 +268,10 @@ def test_no_memory_to_save(cli, monkeypatch):
     monkeypatch.setattr(
         anexagpt, "write_tensors", lambda *_: (_ for _ in ()).throw(MemoryError("x"))
     )
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: os.mkdir("rescue") or "rescue")
     result = cli(*RUN, "--out", "b.safetensors")
     assert result.status == 2 and "nor in a temporary folder (x)" in result.err
+    assert not Path("rescue").exists()  # with half a file in it
 
 
 def test_equal_runs_give_equal_files(cli):

@@ -128,7 +128,7 @@ NOT_TEXT = [
     (b"\\ud800 " * 99, "unicode_escape", "--encoding"),
     (b"a\\x zz" * 99, "unicode_escape", "byte 0x5c in line 1"),
     (b"abc" * 99, "utf-99", "--encoding utf-99"),
-    ("\ufffd".encode() * 999, "utf-8", "0 characters"),
+    ("\ufffd".encode() * 999, "utf-8", "mostly U+FFFD"),
     (b"a" * 900 + "\ufffd".encode() * 100, "utf-8", "U+FFFD"),  # the last tenth
     (b"", "utf-8", "0 characters"),
 ]
@@ -477,7 +477,7 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
             ),
             "REQUESTS_CA_BUNDLE",
         ),
-        (anexagpt.requests.exceptions.SSLError("[SSL: WRONG_VERSION_NUMBER]"), "connection failed"),
+        (anexagpt.requests.exceptions.SSLError("[SSL: WRONG_VERSION_NUMBER]"), "PEM format"),
         (anexagpt.requests.exceptions.ProxyError("https://me:secret@x"), "HTTPS_PROXY"),
         (anexagpt.requests.exceptions.InvalidSchema("socks5://me:secret@x"), "ALL_PROXY"),
         (anexagpt.requests.exceptions.InvalidURL("http://me:secret@x:y"), "ALL_PROXY"),
@@ -607,11 +607,15 @@ PUSHKIN = """\
 У лукоморья дуб зелёный; златая цепь на дубе том:
 и днём и ночью кот учёный всё ходит по цепи кругом.
 """
+ITALIAN = "Perch\u00e9 \u00e8 cos\u00ec? Pi\u00f9 tardi andr\u00f2 in citt\u00e0. " * 9
+HUNGARIAN = "\u00c1rv\u00edzt\u0171r\u0151 t\u00fck\u00f6rf\u00far\u00f3g\u00e9p. " * 9
 SPOILT = {  # bytes, encoding, what the message says
     b"one\ntwo\nth\xffree\n" * 9: ("utf-8", ["byte 0xff in line 3", r"near 'th\xffree\n'"]),
     b"one\ntwo\0\n" * 9: ("utf-8", ["byte 0x00 in line 2"]),
     THREE_KINGDOMS.encode("gb18030"): ("utf-8", ["--encoding gb"]),
     PUSHKIN.encode("cp1251"): ("utf-8", ["--encoding cp1251"]),
+    ITALIAN.encode("cp1252"): ("utf-8", ["--encoding cp1252 or --encoding cp1250"]),
+    HUNGARIAN.encode("cp1250"): ("utf-8", ["--encoding cp1250"]),
 }
 
 
@@ -681,7 +685,7 @@ BOOKS = {  # a file of Project Gutenberg, and the books in it
     "wrapped": (f"H\n{WRAPPED[0]}A\n{WRAPPED[1]}L", "A\n"),
     "two": (f"H\n{START}A\n{END}{SECOND}{END}L", "A\n\nB\n"),
     "German": (f"H\n{START}A\n\nEnde dieses Projekt Gutenberg Etextes A\n\n{END}", "A\n"),
-    "French": (f"H\n{START}A\n\nFin de Project Gutenberg A\n\n{END}", "A\n"),
+    "French": (f"H\n{START}A\n\nFin du Projet Gutenberg A\n\n{END}", "A\n"),
     "no end": ("*** START OF THE PROJECT GUTENBERG EBOOK A *** is a marker\n",) * 2,
 }
 

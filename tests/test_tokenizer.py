@@ -61,6 +61,7 @@ PROMPTS = [
     ("\u30ac", "\u30ab\u3099", "\u30ac", []),
     ("e", "e\u0323", "e", ["as e"]),
     ("A", "\uff21\u00e5\u212b", "AAA", ["\uff21 as A"]),
+    ("' Its", "It\u00b4s It`s", "It's It's", ["\u00b4 as '", "` as '"]),  # accents as apostrophes
     ("ss", "\u00df", "", ["dropped \u00df"]),
     ("ab", "a\tb\n", "ab", [r"dropped \t", r"dropped \n"]),
     ("a\n\x85\u2028\u2029", "a\r\n\x85\u2028\u2029", "a\n\x85\u2028\u2029", []),
