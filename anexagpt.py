@@ -230,7 +230,7 @@ class TrainConfig(Config):
 
 
 def default_dropout(epochs: float) -> float:
-    """The more often a text is repeated, the sooner it is memorized."""
+    """Dropout rate: the more often a text is repeated, the sooner it is memorized."""
     if epochs < 25:
         return 0.0
     return 0.1 if epochs < 80 else 0.2
@@ -541,12 +541,17 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(
-        self, ids: Tensor, cache: KVCache | None = None, context: int | None = None
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        context: int | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) of the character after each of `ids` (B, T), which follow the `cache`.
 
-        With a `context`, the texts are cut into pieces of that many characters, which do not see
-        each other: (B * T / context, context, V).
+        context: cut the texts into pieces of that many characters, which do not see each other:
+            (B * T / context, context, V)
+        last_only: only the logits after the last of the ids: (B, 1, V)
         """
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
@@ -556,6 +561,8 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
+        if last_only:  # with a large vocabulary those of all positions are gigabytes
+            x = x[:, -1:]  # (B, 1, C)
         return self.logits(x)
 
 
@@ -777,7 +784,8 @@ def evaluate(
     """Mean loss in nats per character over the text `ids` (N,), and the number of characters.
 
     Windows of block_size do not overlap, and the last one is shorter: every known character but
-    the first is predicted once. `track` may show progress, as tqdm does.  raises: UserError
+    the first is predicted once.  raises: UserError if there is none
+    track: may show progress, as tqdm does
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
@@ -1212,8 +1220,8 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
 @torch.inference_mode()
 def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
     """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
-    logits = network(to_tensor(ids, network.device), cache)  # (B, T, V)
-    return to_array(logits[:, -1])  # (B, V)
+    logits = network(to_tensor(ids, network.device), cache, last_only=True)  # (B, 1, V)
+    return to_array(logits[:, 0])  # (B, V)
 
 
 def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
@@ -1479,7 +1487,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -2071,7 +2079,7 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             fix += f", or use its checkpoint, {unfinished}"
         raise UserError(f"{shown}: no such file; {fix}")
     try:
-        require(not path.is_dir(), "it is a folder; the model is a .safetensors file in it")
+        require(not path.is_dir(), "it is a folder, not a .safetensors file")
         require(path.is_file(), "it is not a regular file")
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -2079,7 +2087,7 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             check_metadata(metadata)
             n_bytes = 4 * metadata.config.n_parameters()  # a changed network may have fewer
-            is_possible = n_bytes < 10 * path.stat().st_size  # so that the memory has limits
+            is_possible = n_bytes < 10 * path.stat().st_size + (1 << 24)  # limits the memory
             require(is_possible, "its tensors are not those of its config")
             file.seek(0)  # read, not mapped: the file may be replaced while it is in use
             return SavedFile(path, metadata, safetensors.torch.load(file.read()))
@@ -2340,7 +2348,7 @@ def download_error(error: Exception) -> str:
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
     if isinstance(error, requests.exceptions.SSLError):
-        fix = "a certificate file in REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE must have PEM format"
+        fix = "try http://; a file in REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE must have PEM format"
         return f"the encrypted connection failed; {fix}"
     variables = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
     if isinstance(error, requests.exceptions.ProxyError):
@@ -2430,7 +2438,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     names = sorted(os.listdir(path)) if path.is_dir() else []
     found = [path / name for name in names if not name.startswith(".")]
     texts = [p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md")]
-    texts = [p for p in texts if not is_download(p)]  # a folder of texts may be our data/
+    texts = [p for p in texts if not is_download(p)] or texts  # the folder may be our data/
     if not texts and glob.has_magic(name):  # where the shell does not expand *.txt
         texts = [Path(match) for match in sorted(glob.glob(str(path))) if os.path.isfile(match)]
     if not texts:
@@ -2500,8 +2508,9 @@ def guess_encodings(sample: bytes) -> list[str]:
     if n_other > 2 * n_corrupt:  # bytes of another encoding are hardly ever UTF-8
         return ["utf-8"]
     guesses = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS)
-    names = [guess.encoding.replace("_", "-") for guess in guesses]  # the likeliest first
-    if {*names[:2]} == {"cp1250", "cp1252"}:  # Central and Western Europe: few letters differ
+    # The likeliest first; one guess stands for all encodings in which the sample is the same text.
+    names = [name.replace("_", "-") for guess in guesses for name in guess.could_be_from_charset]
+    if {"cp1250", "cp1252"} <= {*names[:2]}:  # Central and Western Europe: few letters differ
         return ["cp1252", "cp1250"]
     return [name for name in names[:1] if name != "utf-8"]
 
@@ -2641,7 +2650,7 @@ def load_corpus(
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
     paths = [real_path(source.content) for source in sources if isinstance(source.content, Path)]
-    for path in {path for path in paths if paths.count(path) > 1}:
+    for path in [path for path, n in Counter(paths).items() if n > 1]:
         log(f"NOTE: {printable(str(path))} is given more than once")
     is_present = np.zeros(0x110000, bool)
     sha256 = hashlib.sha256()
@@ -4269,11 +4278,11 @@ FLAG = dict(action="store_true")
 ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arguments without --
     ("run train", "words", dict(metavar="TEXT", help="same as --data")),
     ("chat info", "words", dict(metavar="MODEL", help="same as --model")),
-    ("generate", "words", dict(metavar="PROMPT", help="text, or - for stdin; a model may follow")),
-    ("explain", "words", dict(metavar="PROMPT", help="text to show; a model file may follow")),
+    ("generate", "words", dict(metavar="PROMPT", help="text, or - for stdin; and a model file")),
+    ("explain", "words", dict(metavar="PROMPT", help="text to show; and a model file")),
     ("eval", "words", dict(metavar="FILE", help="text file, or model file (*.safetensors)")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
-    ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; a model file may follow")),
+    ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; and a model file")),
     ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),

@@ -22,6 +22,7 @@ import random
 import struct
 import sys
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -521,7 +522,7 @@ def fit(state_dict, config, train_ids, val_ids, args, rng):
 
 def unigram_entropy(ids):
     """Loss in nats of the best guess that knows only how often each of `ids` occurs."""
-    counts = [ids.count(i) for i in set(ids)]
+    counts = Counter(ids).values()
     return sum(n / len(ids) * math.log(len(ids) / n) for n in counts)
 
 

@@ -436,7 +436,7 @@ def test_model_as_the_command(model, cli):
     ("generate", ["prompt"]),
     ("generate model.safetensors", ["prompt"]),
     ("explain model.safetensors --view probs", ["text to show"]),
-    ("info .", ["it is a folder", "name another"]),
+    ("info .", ["it is a folder, not a .safetensors file", "name another"]),
     ("explain a --view attn --layer 3", ["layer 3", "1 to 1"]),
     ("explain a --view attn --layer 0", ["layer 0", "1 to 1"]),
     ("explain a --view attn --head -1", ["head -1", "1 to 2"]),

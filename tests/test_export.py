@@ -446,6 +446,16 @@ def test_push(trained, ours, hub, cli, tmp_path):
     assert cli("push", "me/tiny", "--model", model).status == 0  # once more
 
 
+def test_model_card_leaves_the_model(trained, monkeypatch):
+    """Catches a push that changes the model, or writes its card without the fast decoder."""
+    model = anexagpt.load(trained / "model.safetensors")
+    before = model.metadata
+    monkeypatch.setattr(anexagpt, "without_paths", lambda m: dataclasses.replace(m, step=1))
+    monkeypatch.setattr(anexagpt.Model, "decode", None)  # that of the class
+    anexagpt.hub_files(model, "me/tiny", "mit")
+    assert model.metadata is before
+
+
 def test_push_in_a_process_of_its_own(trained, hub):
     """Catches a part of the client that nobody has imported yet: a traceback for every user."""
     env = dict(HF_ENDPOINT=hub.address, HF_HUB_DISABLE_XET="1")

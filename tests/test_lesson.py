@@ -154,7 +154,8 @@ def test_other_changes_are_what_writes(capfd, monkeypatch, change):
         monkeypatch.setattr(GPTConfig, "n_parameters", lambda config: n)
     elif change == "output":
         whole = anexagpt.GPT.forward
-        monkeypatch.setattr(anexagpt.GPT, "forward", lambda self, *args: -whole(self, *args))
+        minus = lambda self, *args, **options: -whole(self, *args, **options)  # noqa: E731
+        monkeypatch.setattr(anexagpt.GPT, "forward", minus)
     elif change == "new name":
         mlp = network.h[1].mlp
         mlp.fc = mlp._modules.pop("c_fc")
@@ -279,16 +280,20 @@ def test_evaluate_leaves_the_mode(tiny):
         assert model.network.training == mode
 
 
-def test_prefill_reads_one_prompt(tiny, monkeypatch):
-    """Catches a prompt that is read once for each of the 64 texts that continue it."""
+def test_prefill_computes_the_last_position_of_one_prompt(tiny, monkeypatch):
+    """Catches logits of every position, and of each of 64 equal prompts: gigabytes for a large
+    vocabulary."""
     model, shapes = anexagpt.load(tiny), []
-    embed = anexagpt.GPT.embed
+    logits, embed = anexagpt.GPT.logits, anexagpt.GPT.embed
+    monkeypatch.setattr(
+        anexagpt.GPT, "logits", lambda self, x: shapes.append(x.shape[:-1]) or logits(self, x)
+    )
     monkeypatch.setattr(
         anexagpt.GPT, "embed", lambda self, x, i: shapes.append(x.shape) or embed(self, x, i)
     )
     pieces = model.stream_batch("the cat", SampleConfig(max_new=2), range(64))
     next(pieces)
-    assert shapes == [(1, 7)]
+    assert shapes == [(1, 7), (1, 1)]
 
 
 def test_what_a_run_decides_is_kept(cli, tmp_path):

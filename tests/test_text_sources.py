@@ -477,7 +477,7 @@ def test_certificates_and_proxies(cli, server, monkeypatch):
             ),
             "REQUESTS_CA_BUNDLE",
         ),
-        (anexagpt.requests.exceptions.SSLError("[SSL: WRONG_VERSION_NUMBER]"), "PEM format"),
+        (anexagpt.requests.exceptions.SSLError("[SSL: WRONG_VERSION_NUMBER]"), "try http://"),
         (anexagpt.requests.exceptions.ProxyError("https://me:secret@x"), "HTTPS_PROXY"),
         (anexagpt.requests.exceptions.InvalidSchema("socks5://me:secret@x"), "ALL_PROXY"),
         (anexagpt.requests.exceptions.InvalidURL("http://me:secret@x:y"), "ALL_PROXY"),
@@ -608,13 +608,18 @@ PUSHKIN = """\
 и днём и ночью кот учёный всё ходит по цепи кругом.
 """
 ITALIAN = "Perch\u00e9 \u00e8 cos\u00ec? Pi\u00f9 tardi andr\u00f2 in citt\u00e0. " * 9
+GERMAN = "Zw\u00f6lf Boxk\u00e4mpfer jagen Viktor \u00fcber den gro\u00dfen Deich. " * 9
+QUOTED = "\u201cMy dear fellow,\u201d he said, \u201cthe caf\u00e9 is closed.\u201d\n" * 9
 HUNGARIAN = "\u00c1rv\u00edzt\u0171r\u0151 t\u00fck\u00f6rf\u00far\u00f3g\u00e9p. " * 9
 SPOILT = {  # bytes, encoding, what the message says
     b"one\ntwo\nth\xffree\n" * 9: ("utf-8", ["byte 0xff in line 3", r"near 'th\xffree\n'"]),
     b"one\ntwo\0\n" * 9: ("utf-8", ["byte 0x00 in line 2"]),
     THREE_KINGDOMS.encode("gb18030"): ("utf-8", ["--encoding gb"]),
     PUSHKIN.encode("cp1251"): ("utf-8", ["--encoding cp1251"]),
-    ITALIAN.encode("cp1252"): ("utf-8", ["--encoding cp1252 or --encoding cp1250"]),
+    **{
+        text.encode("cp1252"): ("utf-8", ["--encoding cp1252 or --encoding cp1250"])
+        for text in (ITALIAN, GERMAN, QUOTED)
+    },
     HUNGARIAN.encode("cp1250"): ("utf-8", ["--encoding cp1250"]),
 }
 
