@@ -345,6 +345,7 @@ SPOILT = {  # name: what makes it of a good file, and a part of the page's reaso
 UNUSUAL = {  # what both open
     "no loss": lambda f: changed(f, validation_loss="null"),
     "no history": lambda f: changed(f, history="[]"),
+    "history from step 0": lambda f: changed(f, history="[[0, 1, 1]]"),
     "max_steps": lambda f: field(f, "training", max_steps=10**8),
     "no max_steps": lambda f: changed(f, training="{}"),
     "one name": lambda f: field(f, "data", name="text.txt"),
@@ -428,6 +429,8 @@ def test_spoilt_file_beside_a_model(page, tiny, tmp_path, case):
     script = "$('text').value = 'the dog'; onInput(); openModel(new File(['x'], 'y'))"
     page.evaluate(script)  # before the views are ready
     assert "in percent" in settled(page) and page.is_visible("#error")
+    page.click("#undo")
+    assert not page.is_visible("#error")
 
 
 def test_markup_in_a_good_file(page, tiny):
@@ -492,6 +495,9 @@ def test_saved_page_has_no_secrets(page, tiny, tmp_path):
     """Catches user, password, query and folders in a file that is meant to be mailed."""
     names = ["https://ann:secret@example.com/books/a.txt?token=secret#secret", r"C:\secret\b.txt"]
     content = field(tiny.read_bytes(), "data", names=[*names, "/home/secret/c/"])
+    for name in ("https:/ann:secret@example.com/e.txt", "git+https://secret@example.com/f?secret"):
+        public = page.evaluate("publicName", name)
+        assert public == name.rpartition("/")[2].removesuffix("?secret")
     load(page, field(content, "training", init="/home/secret/d.safetensors"))
     saved = save(page, tmp_path / "model.html").read_text(encoding="utf-8")
     inside = base64.b64decode(re.search('<script id="model"[^>]*>([^<]*)<', saved)[1])
@@ -567,7 +573,8 @@ def test_slow_writing(page, tiny):
 
 
 def test_undo(page, tiny):
-    """Catches a change by the program that cannot be undone, and an undo that loses the text."""
+    """Catches a change by the program that cannot be undone, an undo that loses the text, and a
+    seed that is not that of the text which came back."""
     load(page, tiny)
     box, states = page.locator("#text"), [""]
     box.press_sequentially("the dog")
@@ -576,6 +583,7 @@ def test_undo(page, tiny):
     page.evaluate(f"$('text').dispatchEvent({script}); $('text').dispatchEvent({script})")
     page.wait_for_function("() => mode === 'idle'")
     states.append(box.input_value())
+    seed = page.evaluate("run.seed")
     page.click("#again")
     page.wait_for_function("() => mode === 'idle'")
     states.append(box.input_value())
@@ -589,6 +597,10 @@ def test_undo(page, tiny):
     for state in reversed(states):
         box.press("Control+z")
         assert box.input_value() == state
+        if state == states[2]:
+            assert page.evaluate("run.seed") == seed
+    page.wait_for_function("() => $('keep').ariaDisabled === 'true'")
+    assert page.evaluate("[run, $('status').innerText]") == [None, ""]
     for state in states[1:]:
         box.press("Control+y")
         assert box.input_value() == state
@@ -766,6 +778,10 @@ def test_odd_links(page, tiny):
     page.evaluate("follow('#prompt=the+\u2603+dog&temperature=abc&pace=7&max_new=1&toString=1')")
     page.wait_for_function("() => mode === 'idle'")
     status = page.inner_text("#status")
+    start_writing(page)
+    page.evaluate("location.hash = '#prompt=the+cat&max_new=3'")
+    page.wait_for_function("() => mode === 'idle' && text.ids.length === 10")
+    assert page.input_value("#text").startswith("the cat")
     assert "temperature abc: must be" in status and "dropped \u2603" in status
     assert page.input_value("#pace") == "0" and "1 character in" in status
     assert page.get_attribute("#set-temperature", "aria-invalid") == "false"
@@ -825,7 +841,10 @@ def test_number_boxes(page, tiny):
     page.keyboard.press("ArrowUp")
     page.focus("#set-min_p")
     page.keyboard.press("ArrowUp")
-    assert page.evaluate("[cfg.temperature, cfg.min_p]") == [0.75, 0.01]
+    page.focus("#set-repetition_penalty")
+    for key in ("ArrowUp", "ArrowDown"):
+        page.keyboard.press(key)
+    assert page.evaluate("[cfg.temperature, cfg.min_p, cfg.repetition_penalty]") == [0.75, 0.01, 1]
     page.fill("#set-temperature", "")
     page.keyboard.type("1.2.3e-")
     assert "must be a number from 0 to 100" in page.inner_text("#status")
@@ -869,9 +888,18 @@ def test_phone(page, tiny):
     top = page.evaluate("document.querySelector('[type=range]').getBoundingClientRect().top")
     bottom = page.evaluate("document.querySelector('#view table').getBoundingClientRect().bottom")
     assert bottom - top < 740
-    for width in (360, 500, 683):
+    page.fill("#set-seed", "4085873565")
+    page.fill("#set-max_new", "20000")
+    script = "['set-seed', 'set-max_new'].map((id) => $(id).scrollWidth - $(id).clientWidth)"
+    for width in (360, 500, 683, 1280):
         page.set_viewport_size(dict(width=width, height=740))
         assert page.locator("#settings [type=range]").first.bounding_box()["width"] > 100
+        assert page.evaluate(script) == [0, 0], width  # no number is cut
+    page.set_viewport_size(dict(width=360, height=740))
+    page.focus("#set-temperature")
+    assert page.locator("#settings small:visible").all_inner_texts() == [
+        "below 1 safer, above 1 wilder, 0 the likeliest"
+    ]
 
 
 def test_settings_after_going_back(page, tiny):
@@ -894,11 +922,16 @@ def test_touch(chromium):
 def test_tabs_do_not_jump(page, tiny):
     """Catches tabs that move when another one is chosen."""
     load(page, tiny)
-    places = []
-    for view in ("next", "surprise", "inside"):
-        see(page, view)
-        places.append([label.bounding_box() for label in page.locator(".tabs label").all()])
-    assert places[0] == places[1] == places[2]
+    for width in (1280, 322):
+        page.set_viewport_size(dict(width=width, height=740))
+        places = []
+        for view in ("next", "surprise", "inside"):
+            see(page, view)
+            script = "[$('see-title'), ...document.querySelectorAll('.tabs label')]"
+            script += ".map((node) => [node.getBoundingClientRect().x + scrollX,"
+            script += "node.getBoundingClientRect().y + scrollY].join())"
+            places.append(page.evaluate(script))
+        assert places[0] == places[1] == places[2]
 
 
 def test_colors(page, tiny):
@@ -1037,12 +1070,16 @@ def test_share(chromium, page, tiny, tmp_path):
         const { fillText } = CanvasRenderingContext2D.prototype;
         CanvasRenderingContext2D.prototype.fillText = function (...options) {
             window.font = this.font;
+            (window.drawn ??= []).push(options[0]);
             fillText.apply(this, options);
         };
     }""")
     with page.expect_download() as download:
         page.click("#picture")
     assert "mono" in page.evaluate("font")
+    drawn = page.evaluate("drawn")  # whole words: in some scripts letters are joined
+    assert [word for word in drawn if word.strip()][:-1] == written.split()
+    assert drawn[-1].endswith("the stronger, the less expected")
     picture = download.value.path().read_bytes()
     assert download.value.suggested_filename == "anexa.png" and picture[:4] == b"\x89PNG"
     colors = page.evaluate(
@@ -1106,7 +1143,7 @@ def test_demonstration(chromium, tiny):
         path = tiny.with_name("demo.html")
         public = field(tiny.read_bytes(), "data", names=["sherlock"])
         path.write_text(builder.demo_page(public), encoding="utf-8")
-        tab.goto(path.as_uri())
+        tab.goto(path.as_uri() + "#top")
         tab.wait_for_function("() => mode === 'writing' && text.ids.length > 20")
         assert tab.is_checked("[value=surprise]")
 
