@@ -296,9 +296,11 @@ def test_broken_downloads(cli, read, server, monkeypatch, name):
     line = failed(cli("train", "--data", "sherlock", *SMALL), "--data sherlock", "127.0.0.1")
     assert line.isprintable() and len(line) < 600 and names() == set()
     mirrors(monkeypatch, "sherlock", bad, server.page("/good", Answer(BOOK)))
-    assert read("--data", "sherlock")["sha256"] == digest(BOOK.decode().replace("\r\n", "\n"))
+    sha256 = digest(BOOK.decode().replace("\r\n", "\n"))
+    assert read("--data", "sherlock")["sha256"] == sha256
     assert Path("data/anexa-sherlock.txt").read_bytes() == BOOK
     # A folder of the user's own texts, which happens to be the one for downloads.
+    assert read("--data", "data")["sha256"] == sha256  # there is nothing else yet
     Path("data/diary.txt").write_text("mine" * 20)
     Path("data/anexa-notes.txt").write_text("too" * 20)
     assert read("--data", "data")["sha256"] == digest("too" * 20 + "\n" + "mine" * 20)
