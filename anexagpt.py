@@ -1221,7 +1221,7 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
 def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
     """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
     logits = network(to_tensor(ids, network.device), cache, last_only=True)  # (B, 1, V)
-    return to_array(logits[:, 0])  # (B, V)
+    return to_array(logits[:, -1])  # (B, V)
 
 
 def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
@@ -4022,7 +4022,7 @@ print(write("{prompt}", max_length={m.config.block_size})[0]["generated_text"])
 
 With Anexa, at any length: `python anexagpt.py chat model.safetensors`. For llama.cpp:
 `python anexagpt.py export model.safetensors --gguf model.gguf`, then
-`llama-completion -m model.gguf -no-cnv --ignore-eos -n 128 -p "{prompt}"`
+`llama-completion -m model.gguf -no-cnv --ignore-eos -n {m.config.block_size // 2} -p "{prompt}"`
 
 Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
 which was not trained on (these are the weights with the lowest). Training: {training}.

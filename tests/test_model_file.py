@@ -188,7 +188,7 @@ def test_huge_headers(tiny, cli):
     refused(cli, path)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
-    craft(tiny, dict(step=100_000, history=[[i, 1, 1] for i in range(1, 100_000)]))
+    craft(tiny, dict(step=200_000, history=[[i, 1, 1] for i in range(1, 200_000)]))  # 3 MB
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)  # noqa: E731
     for command in (["info"], ["generate", "a", "-k", 8, "-n", 2]):

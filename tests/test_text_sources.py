@@ -693,6 +693,7 @@ BOOKS = {  # a file of Project Gutenberg, and the books in it
     "two": (f"H\n{START}A\n{END}{SECOND}{END}L", "A\n\nB\n"),
     "German": (f"H\n{START}A\n\nEnde dieses Projekt Gutenberg Etextes A\n\n{END}", "A\n"),
     "French": (f"H\n{START}A\n\nFin du Projet Gutenberg A\n\n{END}", "A\n"),
+    "half French": (f"H\n{START}A\n\nFin de Project Gutenberg A\n\n{END}", "A\n"),
     "no end": ("*** START OF THE PROJECT GUTENBERG EBOOK A *** is a marker\n",) * 2,
 }
 
