@@ -854,7 +854,9 @@ class Trainer:
 
         torch.default_generator.manual_seed(cfg.seed)  # of the CPU, where the weights are drawn
         config = replace(config, vocab_size=len(corpus.tokenizer), dropout=cfg.dropout)
-        self.network = GPT(config).to(self.device)
+        with torch.device("cpu"):  # whatever the default device is
+            self.network = GPT(config)
+        self.network.to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()  # see ema_rate
         self.init_optimizers()
 
@@ -1557,7 +1559,7 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
     random = torch.Generator().manual_seed(0)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     for T in (8, min(1_024, config.block_size)):  # a local attention differs in long contexts
-        values = torch.randn(3, 1, H, T, D, generator=random, dtype=torch.float32)
+        values = torch.randn(3, 1, H, T, D, generator=random, dtype=torch.float32, device="cpu")
         q, k, v = values.to(network.device)
         expected = attention(q, k, v)
         result = fast_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
@@ -1751,11 +1753,11 @@ class DistributedContext(NamedTuple):
 
     def any_rank(self, flag: bool) -> bool:
         """Logical OR of a flag over all ranks."""
-        return bool(self.all_reduce(torch.tensor(bool(flag), dtype=torch.int)))
+        return bool(self.all_reduce(torch.tensor(bool(flag), dtype=torch.int, device="cpu")))
 
     def check_equal(self, text: str) -> None:
         """raises: UserError unless all ranks have the same text"""
-        digest = torch.tensor(zlib.crc32(text.encode()))
+        digest = torch.tensor(zlib.crc32(text.encode()), device="cpu")
         is_equal = self.all_reduce(digest.clone()) == self.world_size * digest
         require(is_equal, "torchrun: the ranks differ in options, text or checkpoint")
 
@@ -2119,8 +2121,9 @@ def load(
         for name, weight in weights.items():
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
-    with torch.random.fork_rng([]):  # initial weights are drawn, and replaced below
-        network = GPT(metadata.config).float()  # whatever the default dtype is
+    # Initial weights are drawn, and replaced below; whatever the default device and dtype are.
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        network = GPT(metadata.config).float()
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
     found = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
     wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
@@ -2382,7 +2385,7 @@ def download(name: str) -> Path:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reasons.append(f"{host}: {download_error(error)}")
         except (UserError, ValueError) as error:
-            reasons.append(f"{host}: {error}")
+            reasons.append(f"{host}: {first_line(error)}")  # it may have words of the server
         except OSError as error:  # not a UserError, after which another text would be used
             fix = "make room, or start in another folder"
             error.strerror = f"cannot be stored ({save_error(error)}); {fix}"
@@ -2652,6 +2655,9 @@ def load_corpus(
     paths = [real_path(source.content) for source in sources if isinstance(source.content, Path)]
     for path in [path for path, n in Counter(paths).items() if n > 1]:
         log(f"NOTE: {printable(str(path))} is given more than once")
+    n_bytes = sum(map(os.path.getsize, paths))
+    if n_bytes > 1 << 26:  # several seconds
+        log(f"Reading {n_bytes:,} bytes ...")
     is_present = np.zeros(0x110000, bool)
     sha256 = hashlib.sha256()
     n = n_unknown = 0
@@ -3056,9 +3062,9 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def check_settings(settings: dict) -> dict:
     """The settings that were asked for; a size stands for four.  raises: UserError"""
     settings = {name: plain_value(value) for name, value in settings.items()}
-    if isinstance(settings.get("init"), (str, Path)):
+    if isinstance(settings.get("init"), (str, os.PathLike)):
         user_path(settings["init"])  # an empty name, for example, is an error
-        settings["init"] = str(settings["init"])
+        settings["init"] = os.fsdecode(settings["init"])
     size = settings.pop("size", None)
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
     for name, value in settings.items():
@@ -3334,6 +3340,8 @@ def training_state(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
@@ -3354,12 +3362,14 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
     names = []
     for name in data:
+        is_path = isinstance(name, os.PathLike)  # it means a file
+        name = os.fsdecode(name) if is_path else str(name)
         shown = missing_name(name)
         fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
-        is_model = str(name).endswith(SUFFIXES)
+        is_model = name.endswith(SUFFIXES)
         require(not is_model, f"`data={shown}`: is a model, not a text; {fix}")
-        is_ambiguous = isinstance(name, os.PathLike) and str(name) in ("-", *BUILT_IN)
-        names.append(f"./{name}" if is_ambiguous else str(name))  # a Path means a file
+        is_ambiguous = is_path and name in ("-", *BUILT_IN)
+        names.append(f"./{name}" if is_ambiguous else name)
     require(names, "`data`: is empty; name a text, or leave it out for Sherlock Holmes")
     return names
 
@@ -3661,6 +3671,12 @@ def view_attn(model: Model, text: str, layer: str, head: str, console: Console) 
     console.print(lines)
 
 
+def log_label(text: str) -> None:
+    """Print the beginning of a line to stderr."""
+    with suppress(OSError, ValueError):  # as in log()
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 class ChatCommand(NamedTuple):
     run: Callable[[Chat, str], None]
     usage: str
@@ -3691,8 +3707,9 @@ class Chat:
         name, _, argument = line[1:].partition(" ")
         require(name in CHAT_COMMANDS, f"/{name}: unknown; /help lists the commands")
         command = CHAT_COMMANDS[name]
-        needs_file = command.usage == "FILE"
-        require(argument.strip() or not needs_file, f"usage: /{name} FILE")
+        if command.usage == "FILE":  # a terminal quotes the name of a file that is dropped on it
+            argument = re.sub(r"""^(['"])(.*)\1$""", r"\2", argument.strip())
+            require(argument, f"usage: /{name} FILE")
         command.run(self, argument)
 
     def answer(self, prompt: str, echo: bool = True) -> None:
@@ -3707,7 +3724,7 @@ class Chat:
         self.prompt = prompt
         self.written = ""
         is_cut = start > 0 or not echo
-        print("Response: ..." if is_cut else "Response: ", end="", file=sys.stderr, flush=True)
+        log_label("Response: ..." if is_cut else "Response: ")
         with suppress(KeyboardInterrupt):  # ends the answer; what has come stays
             write_stdout(text[start:] if echo else "")
             for (piece,) in self.model.stream_batch(text, replace(self.cfg, seed=self.seed)):
@@ -3766,7 +3783,7 @@ class Chat:
         self.answer(self.prompt + self.written, echo=False)
 
     def read(self, file: str) -> None:
-        path = user_path(file.strip())
+        path = user_path(file)
         shown = missing_name(file)
         require(path.is_file(), f"/read {shown}: no such file; check the spelling")  # no pipe
         try:
@@ -3776,7 +3793,7 @@ class Chat:
         self.answer(text.removesuffix("\n"))
 
     def switch_model(self, file: str) -> None:
-        self.model = self.load(user_path(file.strip()))
+        self.model = self.load(user_path(file))
         log(f"{file}: {self.model.metadata}")
 
     def tokens(self, text: str) -> None:
@@ -3837,7 +3854,7 @@ def read_line() -> str:
 
 def read_prompt() -> str:
     """A prompt from a pipe, a notebook, or a terminal that cannot move its cursor."""
-    print("Prompt: ", end="", file=sys.stderr, flush=True)
+    log_label("Prompt: ")
     try:
         lines = [read_line()]
     except EOFError:
@@ -4219,7 +4236,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 # ---- command line --------------------------------------------------------------------------------
 # It parses, calls the library, and prints.
 
-DASHES = "a text that begins with - goes last, after --, for example: -- -text, or after --stop="
+DASHES = "what begins with - goes last, after --, for example: -- -text, or after --stop= or --out="
 
 
 def unescape(text: str) -> str:
@@ -4248,7 +4265,8 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help"
         is_unknown = message.startswith("unrecognized")
         takes_text = self.prog.endswith(("generate", "explain"))
-        if (is_unknown and takes_text) or message.startswith("argument --stop"):
+        takes_name = message.startswith(("argument --stop", "argument --data", "argument --out"))
+        if (is_unknown and takes_text) or takes_name:
             hint += f"; {DASHES}"
         if is_unknown:  # up to the first option: a value may be a token
             message = re.sub(r"(?s)( -[^\s=]+).*", r"\1", message)
@@ -4279,7 +4297,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("run train", "words", dict(metavar="TEXT", help="same as --data")),
     ("chat info", "words", dict(metavar="MODEL", help="same as --model")),
     ("generate", "words", dict(metavar="PROMPT", help="text, or - for stdin; and a model file")),
-    ("explain", "words", dict(metavar="PROMPT", help="text to show; and a model file")),
+    ("explain", "words", dict(metavar="PROMPT", help="text, or - for stdin; and a model file")),
     ("eval", "words", dict(metavar="FILE", help="text file, or model file (*.safetensors)")),
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
     ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; and a model file")),
@@ -4369,7 +4387,10 @@ def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
     for word in others:
         fix = "quote a prompt that has spaces; a model file ends in .safetensors"
         require(os.path.exists(word), f"unexpected argument '{missing_name(word)}'; {fix}")
-    return prompt, take_model(args, others + models)
+    path = take_model(args, others + models)
+    if prompt == "-":  # the way to have line ends in a prompt on Windows
+        prompt = without_line_end(sys.stdin.read())
+    return prompt, path
 
 
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
@@ -4480,8 +4501,6 @@ def cmd_chat(args: argparse.Namespace) -> None:
 def cmd_generate(args: argparse.Namespace) -> None:
     text, path = take_prompt(args, "prompt, the text to continue")
     cfg = sampling_settings(args)
-    if text == "-":  # the way to have line ends in a prompt on Windows
-        text = without_line_end(sys.stdin.read())
     n = args.samples
     require(1 <= n <= 10_000, f"`samples={n}`: must be from 1 to 10,000")
     model = load_model(path, args, one_text=n == 1)

@@ -283,7 +283,9 @@ def test_prompt_longer_than_the_context(model, cli):
     assert model.generate(prompt, max_new=20, seed=1) == model.generate(read, max_new=20, seed=1)
     text = "\ufeff" + "q" * 47_999 + f"\r\n{prompt}\r\n"
     Path("long.txt").write_text(text, encoding="utf-8", newline="")
-    assert chat(cli, "/read long.txt", options=["--seed", 1])[0] == out
+    Path(" 'dropped' ").write_text(prompt)
+    for name in ("long.txt", " long.txt ", "'long.txt'", '"long.txt"', "\" 'dropped' \""):
+        assert chat(cli, f"/read {name}", options=["--seed", 1])[0] == out, name
 
 
 def test_what_is_read(model, cli):

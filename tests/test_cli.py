@@ -305,6 +305,8 @@ def test_prompts_that_are_taken_for_options(model, cli, prompt):
     assert cli("generate", prompt).is_error(prompt, "after --")
     assert cli("explain", prompt).is_error("after --")
     assert cli("generate", "the", "--stop", prompt).is_error("after --stop=")
+    assert cli("train", "--out", prompt).is_error("--out=")
+    assert cli("train", "--data", prompt).is_error("after --")
     assert cli("generate", "the", f"--stop={prompt}", "-n5").status == 0
     assert cli("generate", "the", "-n5").status == cli("generate", "the", "-n=5").status == 0
 
@@ -373,6 +375,7 @@ def test_prompt_from_standard_input(model, cli):
     out = cli("generate", "-", "-n", 0, stdin="the\ncat\n").out
     assert out == "the\ncat\n"
     assert cli("generate", "-", "-n", 0, stdin="the\r\n").out == "the\n"
+    assert cli("explain", "-", stdin="the\ncat\n").out == cli("explain", "the\ncat").out
     result = cli("chat", "-n", 0, stdin="/show\r\nthe\r\nquit\r\n")
     assert result.out == "the\n" and "unknown" not in result.err
 

@@ -246,12 +246,20 @@ def test_signal_before_the_first_step(cli, monkeypatch, number, status):
 
 @pytest.mark.parametrize("where", ["reader gone", "/dev/full"])
 def test_nobody_reads_the_progress(where):
-    """Catches `anexagpt.py train 2>&1 | head -1`, or a full disk under a log, that ends a run."""
+    """Catches `anexagpt.py train 2>&1 | head -1`, or a full disk under a log, that ends a run, or
+    a prompt loop without its answers."""
+
+    def connect():
+        sys.stdin = io.StringIO("the\n")
+        sys.stdout = open("answers.txt", "w")  # noqa: SIM115
+
     reading, writing = os.pipe()
     os.close(reading)
     stderr = os.open(where, os.O_WRONLY) if where.startswith("/") else writing
     result = Fork("train", *OPTIONS, stderr=stderr).result()
     assert result.status == 0 and anexagpt.load(MODEL).metadata.step == 24
+    assert Fork("chat", "-n", 5, prepare=connect, stderr=stderr).result().status == 0
+    assert len(Path("answers.txt").read_text()) == len("the") + 5 + len("\n")
 
 
 def test_full_disk_under_the_output(tmp_path):

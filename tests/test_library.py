@@ -38,10 +38,12 @@ def process_state() -> tuple:
 
 
 def test_ways_to_name_a_text_and_a_device():
-    """Catches paths that are no strings, a string that is not read as a file with the same text
-    is, and devices that train() takes and load() does not."""
+    """Catches paths that are no strings, such as entries of a folder, a string that is not read as
+    a file with the same text is, and devices that train() takes and load() does not."""
     Path("a.txt").write_bytes(TEXT.encode().replace(b"\n", b"\r\n"))
     by_path = train([Path("a.txt")], **SMALL)
+    entries = train([*os.scandir(b".")], **SMALL)
+    assert entries.metadata.data.sha256 == by_path.metadata.data.sha256
     by_text = train(text=TEXT.replace("\n", "\r\n"), **SMALL)
     assert by_path.metadata.data.sha256 == by_text.metadata.data.sha256
     Path("sherlock").write_text(TEXT)  # not the built-in text
@@ -51,6 +53,8 @@ def test_ways_to_name_a_text_and_a_device():
     by_path.save("m.safetensors")
     tuned = train(text=TEXT, init=Path("m.safetensors"), **SMALL)
     assert tuned.metadata.training["init"] == "m.safetensors"
+    entry = next(entry for entry in os.scandir() if entry.name == "m.safetensors")
+    assert train(text=TEXT, init=entry, **SMALL).metadata.history == tuned.metadata.history
     assert tuned.generate("the ", temperature=np.linspace(0, 1, 3)[1], max_new=9)
     before = torch.get_rng_state()
     for device in ("auto", torch.device("cpu")):
@@ -217,16 +221,26 @@ def test_network_in_another_dtype(tiny, dtype):
         assert np.allclose(load(path).next_characters("the"), expected, atol=0.02)
 
 
-@pytest.mark.parametrize("state", ["no_grad", "inference_mode", "float64", "autocast"])
+STATES = ["no_grad", "inference_mode", "float64", "autocast", "device", "precision"]
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_state_of_the_caller(tiny, state):
-    """Catches a run without gradients, weights of the first step that serve all others, and a
-    good file that is called broken, where the caller has set PyTorch to something else."""
+    """Catches a run without gradients, weights of the first step that serve all others, other
+    weights from the same seed, and a good file that is called broken, where the caller has set
+    PyTorch to something else."""
     settings = SMALL | (dict(dtype="bfloat16") if state == "autocast" else {})
     expected = train(text=TEXT, **settings)
     with contextlib.ExitStack() as stack:
         if state == "float64":
             stack.callback(torch.set_default_dtype, torch.float32)
             torch.set_default_dtype(torch.float64)
+        elif state == "device":  # any other than the CPU: nothing may be made on it
+            stack.callback(torch.set_default_device, None)
+            torch.set_default_device("meta")
+        elif state == "precision":
+            stack.callback(torch.set_float32_matmul_precision, "highest")
+            torch.set_float32_matmul_precision("medium")
         elif state == "autocast":
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         else:
@@ -234,7 +248,9 @@ def test_state_of_the_caller(tiny, state):
         model = train(text=TEXT, **settings)
         assert load(tiny).generate("the", max_new=9, seed=1)
         assert torch.get_default_dtype() == (torch.float64 if state == "float64" else torch.float32)
-        assert torch.is_grad_enabled() == (state in ("float64", "autocast"))
+        assert torch.is_grad_enabled() == (state not in ("no_grad", "inference_mode"))
+        precision = "medium" if state == "precision" else "highest"
+        assert torch.get_float32_matmul_precision() == precision
     assert model.metadata == expected.metadata
     assert all(map(torch.equal, model.network.parameters(), expected.network.parameters()))
 

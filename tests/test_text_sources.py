@@ -505,6 +505,13 @@ def test_answers_without_a_text(cli, server, answer, words):
     assert cli("train", "--data", url, *SMALL).status == 0
 
 
+def test_control_characters_of_a_server(server):
+    """Catches an error of the library that acts on the terminal where Python prints it."""
+    answer = Answer(BOOK, dripped="Content-Encoding: \x1b]0;x\x07gzip")
+    with pytest.raises(anexagpt.UserError, match=r"\\x1b\]0;x\\x07gzip"):
+        anexagpt.train(server.page("/a.txt", answer))
+
+
 def test_same_address_with_another_query(cli, server):
     """Catches a second text that is not noticed, since its name without the query is the same."""
     urls = [server.page(f"/get?id={i}", Answer(prose(100 + i).encode())) for i in (1, 2)]
