@@ -1488,7 +1488,6 @@ import tempfile
 import threading
 import time
 import weakref
-import zlib
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
@@ -1755,23 +1754,28 @@ class DistributedContext(NamedTuple):
         """Logical OR of a flag over all ranks."""
         return bool(self.all_reduce(torch.tensor(bool(flag), dtype=torch.int, device="cpu")))
 
+    def gather(self, value) -> list:
+        """The value of each rank."""
+        values = [value]
+        if self.world_size > 1:  # pickled, but among our own processes only
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def check_equal(self, text: str) -> None:
         """raises: UserError unless all ranks have the same text"""
-        digest = torch.tensor(zlib.crc32(text.encode()), device="cpu")
-        is_equal = self.all_reduce(digest.clone()) == self.world_size * digest
+        is_equal = len(set(self.gather(text))) == 1
         require(is_equal, "torchrun: the ranks differ in options, text or checkpoint")
 
     def on_all_ranks(self, fn: Callable):
         """fn() on every rank; a UserError of one is raised on all, so that none waits for it."""
         result = None
-        errors = [None] * self.world_size
+        own_error = None
         try:
             result = fn()
         except UserError as error:
-            errors[self.rank] = error
-        if self.world_size > 1:  # pickled, but among our own processes only
-            dist.all_gather_object(errors, errors[self.rank])
-        for error in filter(None, errors):
+            own_error = error
+        for error in filter(None, self.gather(own_error)):
             raise error
         return result
 
