@@ -1485,6 +1485,7 @@ import io
 import re
 import shutil
 import tempfile
+import textwrap
 import threading
 import time
 import weakref
@@ -3993,10 +3994,6 @@ def without_paths(metadata: Metadata) -> Metadata:
     return replace(metadata, data=metadata.data._replace(names=names), training=training)
 
 
-def indent(text: str) -> str:
-    return "    " + text.replace("\n", "\n    ")
-
-
 def model_card(model: Model, title: str, license: str) -> str:
     """README.md for the Hub: front matter, then what a user of the model has to know."""
     hub = optional("huggingface_hub")
@@ -4027,7 +4024,7 @@ A character-level GPT-2 with {m.config.size()}, trained from scratch with Anexa 
 ({m.data.characters:,} characters, SHA-256 `{m.data.sha256}`). It continues a prompt in the manner
 of that text:
 
-{indent(sample)}
+{textwrap.indent(sample, "    ")}
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
@@ -4048,7 +4045,7 @@ With Anexa, at any length: `python anexagpt.py chat model.safetensors`. For llam
 Validation loss: {m.validation_loss:.4f} nats/char, {bits:.4f} bits/char, on the end of the text,
 which was not trained on (these are the weights with the lowest). Training: {training}.
 
-{indent(loss_chart(m.history))}
+{textwrap.indent(loss_chart(m.history), "    ")}
 
 License of the weights: {license}. License of the text: {rights}.
 """
