@@ -1964,6 +1964,10 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def checkpoint_path(out: Path) -> Path:
+    return out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+
+
 def file_id(path: Path) -> tuple | None:
     """What tells a file from another that takes its place; None if there is none."""
     try:
@@ -2081,7 +2085,7 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             fix += "; a model file ends in .safetensors"
         elif path.suffix == ".safetensors" and shown == str(path):
             fix += f", or train it with: python anexagpt.py train --out {path}"
-        unfinished = path.with_name(path.name + CHECKPOINT_SUFFIX)
+        unfinished = checkpoint_path(path)
         if unfinished.is_file():
             fix += f", or use its checkpoint, {unfinished}"
         raise UserError(f"{shown}: no such file; {fix}")
@@ -3111,14 +3115,6 @@ def output_path(out: str | Path) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"`out={out}`: {save_error(error)}; choose another name") from None
     return out
-
-
-def checkpoint_path(out: Path) -> Path:
-    return out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
-
-
-def is_checkpoint_path(path: Path) -> bool:
-    return path.name.endswith(CHECKPOINT_SUFFIX)
 
 
 class RunFiles:
@@ -4403,7 +4399,7 @@ def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> M
         model.network.to(device)
     if not args.plain:
         use_fast_paths(model)
-    if is_checkpoint_path(path):
+    if path.suffix == CHECKPOINT_SUFFIX:
         kind = "averaged" if model.metadata.validation_loss is None else "best"
         log(f"{path}: an unfinished run, at step {model.metadata.step:,}; its {kind} weights")
     return model
@@ -4429,7 +4425,8 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
             should_stop=signals,
             **training_settings(args),
         )
-        if is_checkpoint_path(model.path):
+        is_unfinished = model.path.suffix == CHECKPOINT_SUFFIX
+        if is_unfinished:
             log(f"Stopped at step {model.metadata.step:,}, saved in {model.path}.")
             place = checkpoint_path(output_path(args.out))
             command = "The same command"
@@ -4441,7 +4438,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
                 log(hint)
             log("Training finished...")
             log(f"Model saved to {model.path}")
-    if signals.caught or is_checkpoint_path(model.path):  # another rank may have stopped it
+    if signals.caught or is_unfinished:  # another rank may have stopped it
         raise SystemExit(128 + (signals.caught[0] if signals.caught else signal.SIGINT))
     return model.path
 
