@@ -4159,16 +4159,15 @@ def export(
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
     require_gpt2(model.network)
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
-    source = real_path(model.path)
+    is_gguf = not gguf or gguf.suffix.lower() == ".gguf"  # so it replaces no model, no README.md
+    require(is_gguf, f"{gguf}: must end in .gguf; choose another name")
+    is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
+    require(is_folder, f"{folder}: is not a folder; choose another name")
     for path in filter(None, (folder, gguf)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
-        is_apart = real_path(path) not in (source, source.parent)
-        require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
-    is_model = gguf and gguf.name.endswith(SUFFIXES)
-    require(not is_model, f"{gguf}: is the name of a model; choose one that ends in .gguf")
-    is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
-    require(is_folder and folder != gguf, f"{folder}: is not a folder; choose another name")
+    is_apart = not folder or real_path(folder) != real_path(model.path).parent
+    require(is_apart, f"{folder}: is the folder of the model; choose another name")
     contents = {}
     if folder:
         files = hub_files(model, printable(real_path(folder).name), license)
@@ -4179,8 +4178,6 @@ def export(
         is_trained = "wte.weight" in read_file(folder / MODEL, "choose another folder").tensors
         fix = "is a trained model, which `force` does not replace; choose another folder"
         require(not is_trained, f"{folder / MODEL}: {fix}")
-    is_apart = not gguf or real_path(gguf) not in map(real_path, contents)
-    require(is_apart, f"{gguf}: is a file of the folder; choose another name")
     for path, content in contents.items():
         with publish(path) as temporary:
             temporary.write_bytes(content)

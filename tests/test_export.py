@@ -215,8 +215,8 @@ def test_nothing_is_replaced_without_force(trained, cli, tmp_path):
     assert sorted(os.listdir()) == ["a.gguf", "hf", "x"] and os.listdir("x/z") == ["a.gguf"]
     own = Path("own.safetensors")
     own.write_bytes((trained / "model.safetensors").read_bytes())
-    for target in (".", "--gguf=own.safetensors"):
-        assert cli("export", target, "--force", "--model", own).is_error("the model itself")
+    for target, word in {".": "folder of the model", "--gguf=own.safetensors": ".gguf"}.items():
+        assert cli("export", target, "--force", "--model", own).is_error(word)
     assert own.read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
