@@ -132,11 +132,6 @@ def option(default, help=None, low=None, high=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def plain_value(value):
-    """A NumPy scalar, as from np.arange, as a Python number; other values unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def field_types(config: type, name: str) -> tuple[type, ...]:
     """Types that a field allows: (int, NoneType) for `int | None`."""
     hint = get_type_hints(config)[name]
@@ -151,13 +146,14 @@ class Config:
 
     def __post_init__(self):
         for setting in fields(self):
-            value = plain_value(getattr(self, setting.name))
-            self.check(setting.name, value)
+            value = self.check(setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)  # although it is frozen
 
     @classmethod
-    def check(cls, name: str, value) -> None:
-        """raises: UserError unless `value` has the type and is within the limits of the field"""
+    def check(cls, name: str, value):
+        """`value`, if it has the type and is within the limits of the field.  raises: UserError"""
+        if isinstance(value, np.generic):  # as from np.arange
+            value = value.item()
         limits = cls.__dataclass_fields__[name].metadata
         low, high = limits["low"], limits["high"]
         types = field_types(cls, name)
@@ -170,6 +166,7 @@ class Config:
             is_valid = is_valid and (value is None or low <= value <= high)
         shown = printable(repr(value))[:60]  # it may come from a file
         require(is_valid, f"`{name}={shown}`: must be {rule}")
+        return value
 
     @classmethod
     def pick(cls, settings: dict) -> Config:
@@ -3070,7 +3067,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def check_settings(settings: dict) -> dict:
     """The settings that were asked for; a size stands for four.  raises: UserError"""
-    settings = {name: plain_value(value) for name, value in settings.items()}
+    settings = dict(settings)
     if isinstance(settings.get("init"), (str, os.PathLike)):
         user_path(settings["init"])  # an empty name, for example, is an error
         settings["init"] = os.fsdecode(settings["init"])
@@ -3079,7 +3076,7 @@ def check_settings(settings: dict) -> dict:
     for name, value in settings.items():
         require(name in known, f"`{name}`: unknown; choose from {', '.join(known)}")
         cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
-        cls.check(name, value)
+        settings[name] = cls.check(name, value)
     if size is not None:
         size = str(size)
         require(size in SIZES, f"`size={size}`: must be one of {', '.join(SIZES)}")
