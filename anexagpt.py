@@ -4372,13 +4372,13 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
     """Prompt and model file of a command.  raises: UserError"""
-    models, others = split_words(args.words)
-    require(others, f"give a {name}")
-    prompt, *others = others
-    for word in others:
+    models, prompts = split_words(args.words)
+    require(prompts, f"give a {name}")
+    if len(prompts) > 1:
         fix = "quote a prompt that has spaces; a model file ends in .safetensors"
-        require(os.path.exists(word), f"unexpected argument '{missing_name(word)}'; {fix}")
-    path = take_model(args, others + models)
+        raise UserError(f"unexpected argument '{missing_name(prompts[1])}'; {fix}")
+    path = take_model(args, models)
+    prompt = prompts[0]
     if prompt == "-":  # the way to have line ends in a prompt on Windows
         prompt = without_line_end(sys.stdin.read())
     return prompt, path
