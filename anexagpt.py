@@ -1501,12 +1501,10 @@ try:
     import rich.progress
     import urllib3
     from prompt_toolkit import completion, history
-    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.keys import Keys
     from rich.cells import cell_len, set_cell_size
-    from rich.columns import Columns
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -3893,30 +3891,6 @@ def open_history() -> history.History:
         return history.InMemoryHistory()
 
 
-def complete_line(event: prompt_toolkit.key_binding.KeyPressEvent) -> None:
-    """Tab, as in a shell: insert what all completions have in common, else list them.
-
-    The library's list asks before it fills a screen, and there Ctrl-C is a traceback.
-    """
-    buffer = event.current_buffer
-    wanted = completion.CompleteEvent(completion_requested=True)
-    found = buffer.completer.get_completions(buffer.document, wanted)
-    found = [choice for choice in found if not re.search("[\ud800-\udfff]", choice.text)]
-    common = completion.get_common_complete_suffix(buffer.document, found)
-    if len(found) == 1:
-        buffer.delete_before_cursor(-found[0].start_position)
-        common = found[0].text
-        if found[0].display_text.endswith("/"):  # a folder
-            common += "/"
-    buffer.insert_text(common)
-    if len(found) > 1 and not common:
-        names = [printable(choice.display_text) for choice in found[:100]]
-        if len(found) > len(names):
-            names.append(f"and {len(found) - len(names):,} more")
-        table = Columns(names, column_first=True)
-        run_in_terminal(lambda: plain_console(stderr=False).print(table))
-
-
 def prompt_reader() -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
@@ -3933,14 +3907,12 @@ def prompt_reader() -> Callable[[], str]:
     keys = KeyBindings()
     # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
-    keys.add(Keys.Tab)(complete_line)
     session = prompt_toolkit.PromptSession(
         "Prompt: ",
         history=open_history(),
         key_bindings=keys,
         completer=completion.merge_completers(completers),
         complete_while_typing=False,
-        reserve_space_for_menu=0,
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
     )
