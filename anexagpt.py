@@ -3900,10 +3900,7 @@ def prompt_reader() -> Callable[[], str]:
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
-    has_argument = Condition(lambda: " " in session.default_buffer.text)
-    file_completer = completion.NestedCompleter(files)
-    completers = [completion.WordCompleter(words, sentence=True)]
-    completers.append(completion.ConditionalCompleter(file_completer, has_argument))
+    completers = [completion.WordCompleter(words, sentence=True), completion.NestedCompleter(files)]
     keys = KeyBindings()
     # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
@@ -3911,7 +3908,7 @@ def prompt_reader() -> Callable[[], str]:
         "Prompt: ",
         history=open_history(),
         key_bindings=keys,
-        completer=completion.merge_completers(completers),
+        completer=completion.merge_completers(completers, deduplicate=True),
         complete_while_typing=False,
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
