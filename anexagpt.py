@@ -32,6 +32,7 @@ The file reads from top to bottom. The first part is a complete GPT on its own:
 
 The second part connects it to the world:
 
+    prompts       characters that a vocabulary lacks: the nearest that it has
     fast paths    faster versions of three plain functions above; --plain switches them off
     distributed   several processes, each with its share of every batch: torchrun
     files         publishing a file safely; load(), for a file that may be foreign or broken
@@ -56,7 +57,6 @@ import os
 import secrets
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -282,7 +282,6 @@ def resolve(
 # One token is one character; its id is its rank among the sorted characters of the text.
 
 UNKNOWN = "\ufffd"  # id 0: any character that the vocabulary lacks; never sampled
-EQUIVALENTS = str.maketrans("‘’‚´`“”„–—―−", "'''''\"\"\"----")
 
 
 def build_vocab(characters: Iterable[str]) -> str:
@@ -311,18 +310,6 @@ def code_points(text: str) -> ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<i4")
 
 
-def split_clusters(text: str) -> Iterator[str]:
-    """Each letter of `text`: a character with the combining marks that follow it, at most 31."""
-    start = 0
-    for end in range(1, len(text) + 1):
-        c = text[end : end + 1]  # "" at the end
-        is_mark = c in ("\uff9e", "\uff9f") or unicodedata.category(c or " ").startswith("M")
-        is_syllable_part = "\u1160" <= c <= "\u11ff"  # of Hangul
-        if end - start == 32 or not (is_mark or is_syllable_part):
-            yield text[start:end]
-            start = end
-
-
 class Tokenizer:
     """Characters to ids and back: `characters[i]` has id i, `characters[0]` is U+FFFD."""
 
@@ -344,39 +331,13 @@ class Tokenizer:
         return "".join(self.characters[i] for i in ids)
 
     def normalize_prompt(self, prompt: str) -> tuple[str, dict[str, str]]:
-        """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
-        prompt = unify_newlines(prompt)
-        if self.known.issuperset(prompt):  # a long one would take seconds
-            return prompt, {}
-        changes = {}
-        parts = []
-        for cluster in split_clusters(prompt):
-            known = cluster
-            if not self.known.issuperset(cluster):
-                known = self.equivalent(cluster)
-            if unicodedata.normalize("NFC", known) != unicodedata.normalize("NFC", cluster):
-                changes[cluster] = known
-            parts.append(known)
-        return "".join(parts), changes
+        """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped).
 
-    def equivalent(self, cluster: str) -> str:
-        """The nearest form of a letter that the vocabulary has, or "".
-
-        In this order: composed or decomposed (Unicode's NFC and NFD), composed with one of its
-        marks, with straight quotes and hyphens, in compatibility forms (NFKC and NFKD), without
-        marks; then in the other case.
+        Here an unknown character is dropped; the second part of the file looks for a similar one.
         """
-        composed, decomposed = (unicodedata.normalize(form, cluster) for form in ("NFC", "NFD"))
-        letter, marks = decomposed[:1], decomposed[1:]
-        partly = [unicodedata.normalize("NFC", letter + m) + marks.replace(m, "") for m in marks]
-        partly = [form for form in partly if unicodedata.normalize("NFC", form) == composed]
-        straight = composed.translate(EQUIVALENTS)
-        forms = [composed, decomposed, *partly, straight]
-        forms += [unicodedata.normalize(form, straight) for form in ("NFKC", "NFKD")]
-        forms.append("".join(c for c in forms[-1] if unicodedata.category(c) != "Mn"))
-        forms += [form.swapcase() for form in forms]
-        known_forms = (form for form in forms if form and self.known.issuperset(form))
-        return next(known_forms, "")
+        prompt = unify_newlines(prompt)
+        changes = {c: "" for c in prompt if c not in self.known}
+        return "".join(c for c in prompt if c in self.known), changes
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -1485,6 +1446,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import weakref
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -1518,6 +1480,64 @@ except ImportError as error:
 # A forked process, as multiprocessing makes, would wait forever for OpenMP's threads of its parent.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+# A character that the vocabulary lacks is read as the nearest one that it has.
+
+EQUIVALENTS = str.maketrans("‘’‚´`“”„–—―−", "'''''\"\"\"----")
+
+
+def split_clusters(text: str) -> Iterator[str]:
+    """Each letter of `text`: a character with the combining marks that follow it, at most 31."""
+    start = 0
+    for end in range(1, len(text) + 1):
+        c = text[end : end + 1]  # "" at the end
+        is_mark = c in ("\uff9e", "\uff9f") or unicodedata.category(c or " ").startswith("M")
+        is_syllable_part = "\u1160" <= c <= "\u11ff"  # of Hangul
+        if end - start == 32 or not (is_mark or is_syllable_part):
+            yield text[start:end]
+            start = end
+
+
+def equivalent(cluster: str, known: set[str]) -> str:
+    """The nearest form of a letter that consists of `known` characters, or "".
+
+    In this order: composed or decomposed (Unicode's NFC and NFD), composed with one of its
+    marks, with straight quotes and hyphens, in compatibility forms (NFKC and NFKD), without
+    marks; then in the other case.
+    """
+    composed, decomposed = (unicodedata.normalize(form, cluster) for form in ("NFC", "NFD"))
+    letter, marks = decomposed[:1], decomposed[1:]
+    partly = [unicodedata.normalize("NFC", letter + m) + marks.replace(m, "") for m in marks]
+    partly = [form for form in partly if unicodedata.normalize("NFC", form) == composed]
+    straight = composed.translate(EQUIVALENTS)
+    forms = [composed, decomposed, *partly, straight]
+    forms += [unicodedata.normalize(form, straight) for form in ("NFKC", "NFKD")]
+    forms.append("".join(c for c in forms[-1] if unicodedata.category(c) != "Mn"))
+    forms += [form.swapcase() for form in forms]
+    known_forms = (form for form in forms if form and known.issuperset(form))
+    return next(known_forms, "")
+
+
+def normalize_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[str, dict[str, str]]:
+    """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
+    prompt = unify_newlines(prompt)
+    if tokenizer.known.issuperset(prompt):  # a long one would take seconds
+        return prompt, {}
+    changes = {}
+    parts = []
+    for cluster in split_clusters(prompt):
+        known = cluster
+        if not tokenizer.known.issuperset(cluster):
+            known = equivalent(cluster, tokenizer.known)
+        if unicodedata.normalize("NFC", known) != unicodedata.normalize("NFC", cluster):
+            changes[cluster] = known
+        parts.append(known)
+    return "".join(parts), changes
+
+
+Tokenizer.normalize_prompt = normalize_prompt
 
 
 # ---- fast paths ----------------------------------------------------------------------------------
