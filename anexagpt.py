@@ -1926,8 +1926,8 @@ def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Itera
             temporary.unlink()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file. The library's writer has random order, and errors of its own."""
+def tensor_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> Iterator[bytes]:
+    """Parts of a safetensors file. The library's writer has random order, and errors of its own."""
     entries = {"__metadata__": header}
     end = 0
     for name, tensor in tensors.items():
@@ -1937,12 +1937,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors.values():
+        tensor = tensor.detach().to("cpu", torch.float32)
+        yield tensor.contiguous().numpy().data
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors.values():
-            tensor = tensor.detach().to("cpu", torch.float32)
-            file.write(tensor.contiguous().numpy().data)
+        file.writelines(tensor_bytes(tensors, header))
 
 
 def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
@@ -4080,9 +4084,9 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
     for name, weight in model.network.named_parameters():
         if name.startswith("h."):  # transformers stores matrices as (in, out), ours are (out, in)
             weight = weight.t()
-        weights[f"transformer.{name}"] = weight.detach().to("cpu", torch.float32).contiguous()
+        weights[f"transformer.{name}"] = weight
     files = {
-        MODEL: safetensors.torch.save(weights, model.metadata.to_header()),
+        MODEL: b"".join(tensor_bytes(weights, model.metadata.to_header())),
         "README.md": model_card(model, title, license).encode(),
     }
     for name, document in hub_documents(model).items():

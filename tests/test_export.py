@@ -171,6 +171,14 @@ def test_folder(trained, ours, cli):
             assert secret not in content, (file, secret)
 
 
+def test_same_export_twice(trained, cli):
+    """Catches a folder whose files differ each time, so that a second push stores them anew."""
+    for name in ("one", "two"):
+        assert cli("export", f"{name}/hf", "--model", trained / "model.safetensors").status == 0
+    for path in Path("one/hf").iterdir():
+        assert path.read_bytes() == Path("two/hf", path.name).read_bytes(), path.name
+
+
 def test_private_text_with_the_name_of_a_built_in_one(ours):
     """Catches a card that calls it public domain, and an export that stands for the other text."""
     cards = {}
