@@ -1969,7 +1969,7 @@ def user_path(name: str | Path) -> Path:
     """
     require(isinstance(name, (str, os.PathLike)), f"`{name}`: must be the name of a file")
     is_local = not re.match(URL, str(name))
-    fix = "must be on this computer; choose another name"
+    fix = "only texts are downloaded, from http:// and https://; name a file on this computer"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
     require("\0" not in str(name), f"{printable(str(name))}: no file can have this name")
     require(os.fspath(name), "'': is an empty name, perhaps from an unset variable; give a name")
@@ -2452,8 +2452,6 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         return [Source(sys.stdin.buffer.read(), encoding)]
     if name in BUILT_IN or is_url(name):
         return [Source(download(name), "utf-8" if name in BUILT_IN else encoding)]
-    rule = "only http:// and https:// addresses can be downloaded"
-    require(not re.match(URL, name), f"`data={printable(public_name(name))}`: {rule}")
     path = user_path(name)
     try:
         is_fifo = path.is_fifo()
