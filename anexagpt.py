@@ -3220,12 +3220,10 @@ def saved_names(metadata: Metadata) -> list[str]:
         is_remote = is_url(name) or re.match(r"[\\/]{2}", name)  # \\PC\FILE is a network path
         missing = f"the text of the model, {printable(name)}, is not here; name it with `data`"
         require(not is_remote, missing)
-        path = os.path.expanduser(name)
-        is_pattern = glob.has_magic(path) and not glob.has_magic(os.path.dirname(path))
+        path = Path(os.path.expanduser(name))
         is_here = name in BUILT_IN or os.path.exists(path)
-        if is_pattern and not is_here:
-            with suppress(ValueError):  # no file can have this name
-                is_here = bool(glob.glob(path))
+        with suppress(ValueError):  # no file can have this name
+            is_here = is_here or any(path.parent.glob(path.name))  # a pattern in one folder
         require(is_here, missing)
     return metadata.data.names
 
