@@ -1971,7 +1971,6 @@ def user_path(name: str | Path) -> Path:
     is_local = not re.match(URL, str(name))
     fix = "only texts are downloaded, from http:// and https://; name a file on this computer"
     require(is_local, f"{printable(public_name(str(name)))}: {fix}")
-    require("\0" not in str(name), f"{printable(str(name))}: no file can have this name")
     require(os.fspath(name), "'': is an empty name, perhaps from an unset variable; give a name")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
