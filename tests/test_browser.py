@@ -443,6 +443,25 @@ def test_markup_in_a_good_file(page, tiny):
     assert page.evaluate("window.ran === undefined && !document.querySelector('#about img')")
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 10_000])
+def test_loss_curve(page, tiny, n):
+    """Catches a chart of other losses, of too many points, of none, and of one without a range."""
+    history = [[step, 4 - 3 * (step - 1) / max(n - 1, 1), 2.5] for step in range(1, n + 1)]
+    load(page, changed(tiny.read_bytes(), history=json.dumps(history), step=str(max(n, 1))))
+    assert page.locator("svg").count() == (n > 0)
+    curves = page.locator("polyline").evaluate_all(
+        "c => c.map(c => Array.from(c.points, p => [p.x, p.y]))"
+    )
+    for points in curves:
+        assert points[0] == points[1] and min(n, 400) < len(points) < 600
+    if n > 1:
+        (x, low), (_, high) = curves[0][0], curves[0][-1]  # from the last step to the first
+        middle = (low + high) / 2
+        assert x == 230 and high < 10 and low == 110
+        assert all(y == pytest.approx(middle, abs=0.1) for _, y in curves[1])
+        assert "training 1.00, validation 2.50" in page.get_attribute("svg", "aria-label")
+
+
 def test_no_connection(page, tiny):
     """Catches a page that could send what it reads; the fixture catches one that does."""
     load(page, tiny)
