@@ -510,7 +510,7 @@ def test_menu_of_completions(model, tmp_path):
     shown = child.before
     child.press("\x03", "quit or Ctrl-D")
     child.expect("Prompt:")
-    child.press("/read fol\t", "folder")
+    child.press("/read fol\t", "der")
     child.press("/\t", "only.txt")
     child.press("\t", "only.txt")
     child.press("\r", "Response: dear watson")
