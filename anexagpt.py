@@ -1826,10 +1826,10 @@ class DistributedTrainer(Trainer):
         first = rank * n_windows // world_size
         last = (rank + 1) * n_windows // world_size
         part = self.val_ids[first * T : last * T + 1]
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device="cpu")
         if part[1:].any():
             loss, count = evaluate(self.ema, part, self.dtype)
-            total += torch.tensor([loss * count, count], dtype=torch.float64)
+            total += torch.tensor([loss * count, count], dtype=torch.float64, device="cpu")
         loss_sum, count = self.ctx.all_reduce(total).tolist()
         return loss_sum / count
 
@@ -1968,10 +1968,11 @@ def user_path(name: str | Path) -> Path:
     raises: UserError if there is no home folder, or for an address
     """
     require(isinstance(name, (str, os.PathLike)), f"`{name}`: must be the name of a file")
-    is_local = not re.match(URL, str(name))
+    name = os.fsdecode(name)
+    is_local = not re.match(URL, name)
     fix = "only texts are downloaded, from http:// and https://; name a file on this computer"
-    require(is_local, f"{printable(public_name(str(name)))}: {fix}")
-    require(os.fspath(name), "'': is an empty name, perhaps from an unset variable; give a name")
+    require(is_local, f"{printable(public_name(name))}: {fix}")
+    require(name, "'': is an empty name, perhaps from an unset variable; give a name")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
@@ -2677,10 +2678,10 @@ def load_corpus(
         log(f"NOTE: {as_options(str(error))}.")
         log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
         return load_corpus([FALLBACK])
-    paths = [real_path(source.content) for source in sources if isinstance(source.content, Path)]
-    for path in [path for path, n in Counter(paths).items() if n > 1]:
+    files = [source.content for source in sources if isinstance(source.content, Path)]
+    for path in [path for path, n in Counter(map(real_path, files)).items() if n > 1]:
         log(f"NOTE: {printable(str(path))} is given more than once")
-    n_bytes = sum(map(os.path.getsize, paths))
+    n_bytes = sum(map(os.path.getsize, files))  # of /dev/stdin the real path may be gone
     if n_bytes > 1 << 26:  # several seconds
         log(f"Reading {n_bytes:,} bytes ...")
     is_present = np.zeros(0x110000, bool)
@@ -3221,7 +3222,7 @@ def saved_names(metadata: Metadata) -> list[str]:
         require(not is_remote, missing)
         path = Path(os.path.expanduser(name))
         is_here = name in BUILT_IN or os.path.exists(path)
-        with suppress(ValueError):  # no file can have this name
+        with suppress(ValueError, OSError):  # no file can have this name
             is_here = is_here or any(path.parent.glob(path.name))  # a pattern in one folder
         require(is_here, missing)
     return metadata.data.names
@@ -3355,8 +3356,6 @@ def training_state(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
@@ -3910,6 +3909,18 @@ def open_history() -> history.History:
         return history.InMemoryHistory()
 
 
+class FileCompleter(completion.PathCompleter):
+    """Names of files that can be typed: no undecodable bytes; a folder ends in /."""
+
+    def get_completions(
+        self, document: prompt_toolkit.document.Document, event: completion.CompleteEvent
+    ) -> Iterator[completion.Completion]:
+        for choice in super().get_completions(document, event):
+            end = "/" if choice.display_text.endswith("/") else ""
+            if not re.search("[\ud800-\udfff]", choice.text):
+                yield completion.Completion(choice.text + end, display=choice.display)
+
+
 def prompt_reader() -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
@@ -3918,8 +3929,11 @@ def prompt_reader() -> Callable[[], str]:
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
-    files = dict.fromkeys(("/read", "/model"), completion.PathCompleter(expanduser=True))
-    completers = [completion.WordCompleter(words, sentence=True), completion.NestedCompleter(files)]
+    files = dict.fromkeys(("/read", "/model"), FileCompleter(expanduser=True))
+    has_argument = Condition(lambda: " " in session.default_buffer.text)  # else within a word, too
+    file_completer = completion.NestedCompleter(files)
+    completers = [completion.WordCompleter(words, sentence=True)]
+    completers.append(completion.ConditionalCompleter(file_completer, has_argument))
     keys = KeyBindings()
     # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
@@ -3927,7 +3941,7 @@ def prompt_reader() -> Callable[[], str]:
         "Prompt: ",
         history=open_history(),
         key_bindings=keys,
-        completer=completion.merge_completers(completers, deduplicate=True),
+        completer=completion.merge_completers(completers),
         complete_while_typing=False,
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,

@@ -496,8 +496,8 @@ def test_keys(model, tmp_path):
 
 
 def test_menu_of_completions(model, tmp_path):
-    """Catches Ctrl-C in a menu that is a traceback, a control character in it, and a name that
-    cannot be chosen."""
+    """Catches Ctrl-C in a menu that is a traceback, a control character in it, a name that cannot
+    be chosen or typed, a folder that is not entered, and a menu within a prompt."""
     for i in range(300):
         Path(f"text_{i}.txt").touch()
     Path("text_\x1b[2J").touch()
@@ -510,10 +510,11 @@ def test_menu_of_completions(model, tmp_path):
     shown = child.before
     child.press("\x03", "quit or Ctrl-D")
     child.expect("Prompt:")
-    child.press("/read fol\t", "der")
-    child.press("/\t", "only.txt")
+    child.press("/read fol\t", "der/")
     child.press("\t", "only.txt")
     child.press("\r", "Response: dear watson")
+    child.expect("Prompt:")
+    child.press("the/\tx\r", "Response: the/x")
     child.expect("Prompt:")
     child.send("\x04")
     assert child.end() == 0

@@ -489,7 +489,10 @@ SOURCES = {
         "2,570": "anexagpt.check_corpus",
         "1.5 40 671 37 14.8 2.788 32 15.5": "the reports that the table links",
     },
-    "chat": {"100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html"},
+    "chat": {
+        "100 5 6 20,000": "a sum; colors and limit of views: anexagpt.py and browser.html",
+        "18.2": "Safari's first with Uint8Array.fromBase64",
+    },
     "export": {"16 0.8 0.9 1.1": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
     "idea": {"4.2 1.4": "a ratio that the block computes, its logarithm"},
