@@ -2909,7 +2909,7 @@ class ProgressDisplay:
         minutes = self.seconds_left() / 60
         if self.is_shown and t.steps_done == 50 and minutes > 10:
             time_left = f"{minutes:.0f} minutes" if minutes < 180 else f"{minutes / 60:,.0f} hours"
-            log(f"NOTE: this run takes about {time_left}. Fewer max-steps make it shorter.")
+            log(f"NOTE: this run takes about {time_left}; a lower max-steps makes it shorter.")
             if self.has_checkpoint:
                 log("After Ctrl-C, chat and generate can use its checkpoint.")
         if self.is_shown:
