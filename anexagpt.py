@@ -4158,15 +4158,16 @@ def export(
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
     require_gpt2(model.network)
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
-    is_gguf = not gguf or gguf.suffix.lower() == ".gguf"  # so it replaces no model, no README.md
+    is_gguf = not gguf or gguf.suffix.lower() == ".gguf"  # so it replaces no README.md
     require(is_gguf, f"{gguf}: must end in .gguf; choose another name")
     is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
     require(is_folder, f"{folder}: is not a folder; choose another name")
+    source = real_path(model.path)
     for path in filter(None, (folder, gguf)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
-    is_apart = not folder or real_path(folder) != real_path(model.path).parent
-    require(is_apart, f"{folder}: is the folder of the model; choose another name")
+        is_apart = real_path(path) not in (source, source.parent)
+        require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     contents = {}
     if folder:
         files = hub_files(model, printable(real_path(folder).name), license)

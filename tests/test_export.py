@@ -221,10 +221,10 @@ def test_nothing_is_replaced_without_force(trained, cli, tmp_path):
     assert Path("hf/README.md").read_text() != "mine" and Path("a.gguf").read_bytes()[:4] == b"GGUF"
     assert cli("export", "x/y/hf", "--gguf", "x/z/a.gguf", *model).status == 0
     assert sorted(os.listdir()) == ["a.gguf", "hf", "x"] and os.listdir("x/z") == ["a.gguf"]
-    own = Path("own.safetensors")
+    own = Path("own.gguf")  # --model takes any name
     own.write_bytes((trained / "model.safetensors").read_bytes())
-    for target, word in {".": "folder of the model", "--gguf=own.safetensors": ".gguf"}.items():
-        assert cli("export", target, "--force", "--model", own).is_error(word)
+    for target in (".", "--gguf=own.gguf"):
+        assert cli("export", target, "--force", "--model", own).is_error("the model itself")
     assert own.read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
