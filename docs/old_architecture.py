@@ -14,6 +14,7 @@ D = C / H, V vocab_size; N, M, K any size. old_architecture.md explains the file
 import argparse
 import gc
 import hashlib
+import io
 import json
 import math
 import operator
@@ -765,8 +766,12 @@ def run(args):
 def main(argv):
     """Exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
     args = parse_args(argv)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed, as by <&-
+            setattr(sys, name, io.StringIO())
+        else:
+            stream.reconfigure(errors="backslashreplace")
     gc.disable()  # backward() leaves no reference cycles
     try:
         run(args)

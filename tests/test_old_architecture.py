@@ -381,6 +381,16 @@ def test_terminal(tiny, tmp_path):
     assert terminal.exitstatus == 130 and "Traceback" not in terminal.before
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tiny, tmp_path, closed):
+    """Catches a traceback where a stream of the shell is closed."""
+    command = f"'{sys.executable}' '{PROGRAM}' --model '{tiny}' --max-new 5 {closed}"
+    words = ["sh", "-c", f"echo the | {command}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (done.stdout[:3] == "the") == (closed == "2>&-")
+
+
 def test_ctrl_c_while_training(tmp_path):
     """Catches a traceback, a wrong status, a half-written file; an import of any package."""
     command = [sys.executable, "-IS", PROGRAM, "--max-steps", "100000"]
