@@ -1945,6 +1945,7 @@ def tensor_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> Iterator
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, which must not exist."""
     with open(path, "xb") as file:
         file.writelines(tensor_bytes(tensors, header))
 
@@ -3930,7 +3931,8 @@ def prompt_reader() -> Callable[[], str]:
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), FileCompleter(expanduser=True))
-    has_argument = Condition(lambda: " " in session.default_buffer.text)  # else within a word, too
+    # Without a space NestedCompleter offers /read in the middle of a word: and/or.
+    has_argument = Condition(lambda: " " in session.default_buffer.text)
     file_completer = completion.NestedCompleter(files)
     completers = [completion.WordCompleter(words, sentence=True)]
     completers.append(completion.ConditionalCompleter(file_completer, has_argument))

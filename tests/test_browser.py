@@ -628,6 +628,22 @@ def test_undo(page, tiny):
     assert page.evaluate("text.bits.filter(Number.isFinite).length") == 300
 
 
+def test_undo_of_the_browser(page, tiny):
+    """Catches an Undo of the browser's menu that is one more change, and typing without a pause
+    that is one change however long it takes."""
+    load(page, tiny)
+    page.focus("#text")
+    for now in (1_000, 1_500, 11_200):
+        page.evaluate(f"performance.now = () => {now}; typing.last &&= {now} - 500")
+        page.keyboard.type("t")
+    assert page.input_value("#text") == "ttt"
+    menu = page.context.new_cdp_session(page)
+    for expected in ("tt", ""):
+        menu.send("Input.dispatchKeyEvent", dict(type="rawKeyDown", commands=["undo"]))
+        assert page.input_value("#text") == expected
+    assert page.evaluate("past.length === 0 && future.length === 2")
+
+
 def test_undo_of_quick_changes(page, tiny):
     """Catches a text that is lost, since it was deleted right after it was typed; and Undo that
     works only in the text, or only with Latin letters."""
@@ -1281,19 +1297,3 @@ def test_links():
         headings = re.findall(r"(?m)^#+ (.+)$", text)
         assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
     assert len(links) == 3
-
-
-def test_undo_of_the_browser(page, tiny):
-    """Catches an Undo of the browser's menu that is one more change, and typing without a pause
-    that is one change however long it takes."""
-    load(page, tiny)
-    page.focus("#text")
-    for now in (1_000, 1_500, 11_200):
-        page.evaluate(f"performance.now = () => {now}; typing.last &&= {now} - 500")
-        page.keyboard.type("t")
-    assert page.input_value("#text") == "ttt"
-    menu = page.context.new_cdp_session(page)
-    for expected in ("tt", ""):
-        menu.send("Input.dispatchKeyEvent", dict(type="rawKeyDown", commands=["undo"]))
-        assert page.input_value("#text") == expected
-    assert page.evaluate("past.length === 0 && future.length === 2")

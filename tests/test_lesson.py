@@ -44,6 +44,8 @@ def test_the_lesson_stands_alone(tmp_path, sherlock, monkeypatch):
     path = tmp_path / "lesson.safetensors"
     model.save(path)
     written = model.generate("It was a", max_new=80, seed=1)
+    assert model.generate("It \u2603was a", max_new=80, seed=1) == written
+    assert model.tokenizer.normalize_prompt("\u2603a") == ("a", {"\u2603": ""})
     assert lesson.Model.load(path).generate("It was a", max_new=80, seed=1) == written
     settings = dict(device="cpu", dtype="float32", plain=True, progress=False)
     model = anexagpt.train(text=text, **settings, **ONE_BLOCK, **RUN)
