@@ -70,12 +70,6 @@ if __name__ == "__main__":  # before PyTorch, whose import takes a second
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports
 
-# OpenMP's threads spin while they wait for each other. Long spinning makes training 3x slower on a
-# busy machine. PyTorch reads these limits when it is loaded; then they are removed again.
-SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # GNU's; Intel's and LLVM's, in ms
-ADDED_TO_ENVIRONMENT = SPIN_LIMITS.keys() - os.environ.keys()
-os.environ |= {name: SPIN_LIMITS[name] for name in ADDED_TO_ENVIRONMENT}
-
 INSTALL = "install with: pip install -r requirements.txt"
 try:
     import numpy as np
@@ -92,9 +86,6 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"anexagpt.py: {error}; {INSTALL}")
-finally:
-    for name in ADDED_TO_ENVIRONMENT:
-        del os.environ[name]
 
 __version__ = "1.0.0"
 
@@ -1714,6 +1705,68 @@ def use_fast_paths(model: Model) -> None:
         note_once(CHANGED)
     else:
         model.decode = decoder
+
+
+def waited_for_cores() -> float:
+    """Seconds that threads of this process could have run, but others had the cores (on Linux)."""
+    seconds = 0.0
+    for file in glob.iglob("/proc/self/task/*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            seconds += int(Path(file).read_text().split()[1]) / 1e9
+    return seconds
+
+
+def hold_team(is_over: threading.Event) -> None:
+    """Have a team of OpenMP threads, asleep, until `is_over`."""
+    torch.zeros(1 << 17).add_(1)  # large enough for all threads
+    is_over.wait()
+
+
+def watch_cores(is_over: threading.Event) -> None:
+    """Have more teams while other programs need the cores; see share_cores."""
+    n_workers = torch.get_num_threads() - 1  # of a team
+    n_teams = os.cpu_count() // n_workers if n_workers else 0
+    calm = threading.Event()  # set: there are no more teams
+    calm.set()
+    waited = waited_for_cores()
+    while not is_over.wait(0.5):
+        before, waited = waited, waited_for_cores()
+        is_busy = waited - before > 0.05  # idle: under 0.01; beside one busy process: over 0.2
+        if is_busy and calm.is_set():
+            calm = threading.Event()
+            for _ in range(n_teams):
+                threading.Thread(target=hold_team, args=[calm], daemon=True).start()
+        elif not is_busy:
+            calm.set()
+    calm.set()
+
+
+ONE_WATCH = threading.Lock()
+
+
+@contextmanager
+def share_cores() -> Iterator[None]:
+    """Let PyTorch's threads sleep instead of spin while other programs need the cores.
+
+    A thread that waits for another spins for milliseconds. That is best on an idle machine, since
+    waking up takes time; on a busy one it takes the core that the other thread needs, and training
+    becomes up to ten times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only briefly
+    in a process with more of its threads than the machine has cores. So as long as the machine is
+    busy, there are more teams of threads, which do nothing.
+    source: do_spin() in libgomp/config/linux/wait.h of GCC
+    """
+    if not ONE_WATCH.acquire(blocking=False):
+        yield  # somebody watches already
+        return
+    is_over = threading.Event()
+    watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watch.join()
+        ONE_WATCH.release()
 
 
 class CudaGraph:
@@ -3351,6 +3404,7 @@ def training_state(device: torch.device) -> Iterator[None]:
     with ONE_RUN, torch.random.fork_rng(devices), ExitStack() as stack:
         for name in {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys():
             stack.callback(os.environ.pop, name, None)  # PyTorch adds it
+        stack.enter_context(share_cores())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # Without cache: else the weights of the first step would be used by all others.
@@ -4708,7 +4762,8 @@ def main(argv: list[str]) -> int:
         prepare_streams()
         try:
             command, args = parse_args(argv)
-            command.run(args)
+            with share_cores():
+                command.run(args)
         finally:
             sys.stdout.flush()  # else a full disk would show only when Python ends
         return 0

@@ -8,7 +8,10 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -336,6 +339,61 @@ def test_in_a_forked_process():
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     torch.set_num_threads(n_threads)
+
+
+def n_openmp_threads() -> int:
+    """Threads of this process that Python did not start."""
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux and GNU's OpenMP")
+
+
+@needs_linux
+def test_cores_are_shared(monkeypatch):
+    """Catches threads that go on spinning beside other programs, or that sleep on an idle machine:
+    GNU's OpenMP decides by the number of its threads."""
+    waited = 0.0
+    monkeypatch.setattr(anexagpt, "waited_for_cores", lambda: waited)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.zeros(1 << 17).add_(1)
+    alone = n_openmp_threads()
+    with anexagpt.share_cores(), anexagpt.share_cores():
+        for _ in range(2):
+            assert n_openmp_threads() == alone
+            deadline = time.monotonic() + 20
+            while n_openmp_threads() < alone + os.cpu_count() and time.monotonic() < deadline:
+                waited += 0.1
+                time.sleep(0.05)
+            assert n_openmp_threads() >= alone + os.cpu_count()
+            while n_openmp_threads() > alone and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert threading.active_count() > 1
+    assert n_openmp_threads() == alone
+    torch.set_num_threads(n_threads)
+
+
+@needs_linux
+def test_waiting_for_cores_is_noticed():
+    """Catches a measure that counts something else: of a core that two processes want, each waits
+    for half of the time."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread
+    busy = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        begun = anexagpt.waited_for_cores()
+        deadline = time.monotonic() + 20
+        while anexagpt.waited_for_cores() < begun + 0.2 and time.monotonic() < deadline:
+            pass
+        assert anexagpt.waited_for_cores() >= begun + 0.2
+        begun = anexagpt.waited_for_cores()
+        time.sleep(0.5)  # asleep, it wants no core
+        assert anexagpt.waited_for_cores() < begun + 0.2
+    finally:
+        busy.kill()
+        os.sched_setaffinity(0, cores)
 
 
 # ---- views ---------------------------------------------------------------------------------------
