@@ -1899,6 +1899,8 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         is_valid = value.isdecimal() and int(value) < 65_536
         require(is_valid, f"WORLD_SIZE is set, but {name}={printable(value)}: {fix}")
     require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    require(rank < world_size, f"RANK={rank}: must be below WORLD_SIZE={world_size}; {fix}")
     require(device.type != "mps", "torchrun: its processes cannot share an MPS; add `device=cpu`")
     backend = "gloo"
     if device.type == "cuda":
