@@ -1716,29 +1716,39 @@ def waited_for_cores() -> float:
     return seconds
 
 
-def hold_team(is_over: threading.Event) -> None:
-    """Have a team of OpenMP threads, asleep, until `is_over`."""
+def hold_team(is_calm: threading.Event) -> None:
+    """Have a team of OpenMP threads, asleep, until `is_calm`."""
     torch.zeros(1 << 17).add_(1)  # large enough for all threads
-    is_over.wait()
+    is_calm.wait()
+
+
+def are_cores_wanted(is_over: threading.Event) -> bool:
+    """Whether other programs need the cores in the next half second; no when `is_over`."""
+    before = waited_for_cores()
+    if is_over.wait(0.5):
+        return False
+    return waited_for_cores() - before > 0.05  # idle: under 0.01; beside a busy process: over 0.2
 
 
 def watch_cores(is_over: threading.Event) -> None:
     """Have more teams while other programs need the cores; see share_cores."""
     n_workers = torch.get_num_threads() - 1  # of a team
     n_teams = os.cpu_count() // n_workers if n_workers else 0
-    calm = threading.Event()  # set: there are no more teams
-    calm.set()
-    waited = waited_for_cores()
-    while not is_over.wait(0.5):
-        before, waited = waited, waited_for_cores()
-        is_busy = waited - before > 0.05  # idle: under 0.01; beside one busy process: over 0.2
-        if is_busy and calm.is_set():
-            calm = threading.Event()
-            for _ in range(n_teams):
-                threading.Thread(target=hold_team, args=[calm], daemon=True).start()
-        elif not is_busy:
-            calm.set()
-    calm.set()
+    while not is_over.is_set():
+        if not are_cores_wanted(is_over):
+            continue
+        is_calm = threading.Event()
+        thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
+        teams = [thread() for _ in range(n_teams)]
+        with suppress(RuntimeError):  # no more threads can start: only slower
+            for team in teams:
+                team.start()
+        while are_cores_wanted(is_over):
+            pass
+        is_calm.set()
+        for team in teams:
+            if team.is_alive():  # it may still compute, which would abort a process that ends
+                team.join()
 
 
 ONE_WATCH = threading.Lock()
@@ -1760,12 +1770,14 @@ def share_cores() -> Iterator[None]:
         return
     is_over = threading.Event()
     watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
-    watch.start()
     try:
+        with suppress(RuntimeError):  # no more threads can start
+            watch.start()
         yield
     finally:
         is_over.set()
-        watch.join()
+        if watch.is_alive():
+            watch.join()
         ONE_WATCH.release()
 
 

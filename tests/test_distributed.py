@@ -133,8 +133,14 @@ def test_incomplete_environment(cli, monkeypatch, missing):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("RANK", ""), ("RANK", "2")]
-    + [("MASTER_PORT", "99999")],
+    [
+        ("WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "-1"),
+        ("RANK", ""),
+        ("RANK", "2"),
+        ("MASTER_PORT", "99999"),
+    ],
 )
 def test_malformed_environment(cli, monkeypatch, name, value):
     """Catches a traceback for a variable that is no number, or no port, and a rank that waits for

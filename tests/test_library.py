@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -359,19 +360,50 @@ def test_cores_are_shared(monkeypatch):
     torch.set_num_threads(2)
     torch.zeros(1 << 17).add_(1)
     alone = n_openmp_threads()
+
+    def wait_for(low: int, high: float, waiting: float = 0.0) -> None:
+        nonlocal waited
+        deadline = time.monotonic() + 20
+        while not low <= n_openmp_threads() <= high and time.monotonic() < deadline:
+            waited += waiting
+            time.sleep(0.05)
+        assert low <= n_openmp_threads() <= high
+
     with anexagpt.share_cores(), anexagpt.share_cores():
         for _ in range(2):
-            assert n_openmp_threads() == alone
-            deadline = time.monotonic() + 20
-            while n_openmp_threads() < alone + os.cpu_count() and time.monotonic() < deadline:
-                waited += 0.1
-                time.sleep(0.05)
-            assert n_openmp_threads() >= alone + os.cpu_count()
-            while n_openmp_threads() > alone and time.monotonic() < deadline:
-                time.sleep(0.05)
-        assert threading.active_count() > 1
-    assert n_openmp_threads() == alone
+            wait_for(alone + os.cpu_count(), math.inf, waiting=0.1)
+            wait_for(alone, alone)
+        wait_for(alone + 1, math.inf, waiting=0.1)
+    wait_for(alone, alone)
     torch.set_num_threads(n_threads)
+
+
+def test_teams_have_ended(monkeypatch):
+    """Catches a team that still computes while Python ends, which would abort the process."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(anexagpt, "are_cores_wanted", lambda is_over: not is_over.wait(0.01))
+    begun = []
+
+    def slow_team(is_calm: threading.Event) -> None:
+        begun.append(is_calm.wait())
+        time.sleep(0.3)
+
+    monkeypatch.setattr(anexagpt, "hold_team", slow_team)
+    n_threads = threading.active_count()
+    with anexagpt.share_cores():
+        while threading.active_count() < n_threads + 2:
+            time.sleep(0.01)
+    assert begun and threading.active_count() == n_threads
+
+
+def test_no_more_threads_can_start(monkeypatch):
+    """Catches a run that fails where a limit of the system leaves no room for another thread, and
+    a watch that never comes again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no thread")))
+        with anexagpt.share_cores():
+            pass
+    assert not anexagpt.ONE_WATCH.locked()
 
 
 @needs_linux
