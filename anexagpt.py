@@ -1707,80 +1707,6 @@ def use_fast_paths(model: Model) -> None:
         model.decode = decoder
 
 
-def waited_for_cores() -> float:
-    """Seconds that threads of this process could have run, but others had the cores (on Linux)."""
-    seconds = 0.0
-    for file in glob.iglob("/proc/self/task/*/schedstat"):
-        with suppress(OSError):  # a thread that has just ended
-            seconds += int(Path(file).read_text().split()[1]) / 1e9
-    return seconds
-
-
-def hold_team(is_calm: threading.Event) -> None:
-    """Have a team of OpenMP threads, asleep, until `is_calm`."""
-    torch.zeros(1 << 17).add_(1)  # large enough for all threads
-    is_calm.wait()
-
-
-def are_cores_wanted(is_over: threading.Event) -> bool:
-    """Whether other programs need the cores in the next half second; no when `is_over`."""
-    before = waited_for_cores()
-    if is_over.wait(0.5):
-        return False
-    return waited_for_cores() - before > 0.05  # idle: under 0.01; beside a busy process: over 0.2
-
-
-def watch_cores(is_over: threading.Event) -> None:
-    """Have more teams while other programs need the cores; see share_cores."""
-    n_workers = torch.get_num_threads() - 1  # of a team
-    n_teams = os.cpu_count() // n_workers if n_workers else 0
-    while not is_over.is_set():
-        if not are_cores_wanted(is_over):
-            continue
-        is_calm = threading.Event()
-        thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
-        teams = [thread() for _ in range(n_teams)]
-        with suppress(RuntimeError):  # no more threads can start: only slower
-            for team in teams:
-                team.start()
-        while are_cores_wanted(is_over):
-            pass
-        is_calm.set()
-        for team in teams:
-            if team.is_alive():  # it may still compute, which would abort a process that ends
-                team.join()
-
-
-ONE_WATCH = threading.Lock()
-
-
-@contextmanager
-def share_cores() -> Iterator[None]:
-    """Let PyTorch's threads sleep instead of spin while other programs need the cores.
-
-    A thread that waits for another spins for milliseconds. That is best on an idle machine, since
-    waking up takes time; on a busy one it takes the core that the other thread needs, and training
-    becomes up to ten times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only briefly
-    in a process with more of its threads than the machine has cores. So as long as the machine is
-    busy, there are more teams of threads, which do nothing.
-    source: do_spin() in libgomp/config/linux/wait.h of GCC
-    """
-    if not ONE_WATCH.acquire(blocking=False):
-        yield  # somebody watches already
-        return
-    is_over = threading.Event()
-    watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
-    try:
-        with suppress(RuntimeError):  # no more threads can start
-            watch.start()
-        yield
-    finally:
-        is_over.set()
-        if watch.is_alive():
-            watch.join()
-        ONE_WATCH.release()
-
-
 class CudaGraph:
     """Replays `update` as one CUDA graph: a small network is bound by the launches of its kernels.
 
@@ -3403,6 +3329,80 @@ def training_lock(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def waited_for_cores() -> float:
+    """Seconds that threads of this process could have run, but others had the cores (on Linux)."""
+    seconds = 0.0
+    for file in glob.iglob("/proc/self/task/*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            seconds += int(Path(file).read_text().split()[1]) / 1e9
+    return seconds
+
+
+def hold_team(is_calm: threading.Event) -> None:
+    """Have a team of OpenMP threads, asleep, until `is_calm`."""
+    torch.zeros(1 << 17).add_(1)  # large enough for all threads
+    is_calm.wait()
+
+
+def are_cores_wanted(is_over: threading.Event) -> bool:
+    """Whether other programs need the cores in the next half second; no when `is_over`."""
+    before = waited_for_cores()
+    if is_over.wait(0.5):
+        return False
+    return waited_for_cores() - before > 0.05  # idle: under 0.01; beside a busy process: over 0.2
+
+
+def watch_cores(is_over: threading.Event) -> None:
+    """Have more teams while other programs need the cores; see share_cores."""
+    n_workers = torch.get_num_threads() - 1  # of a team
+    n_teams = os.cpu_count() // n_workers if n_workers else 0
+    while not is_over.is_set():
+        if not are_cores_wanted(is_over):
+            continue
+        is_calm = threading.Event()
+        thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
+        teams = [thread() for _ in range(n_teams)]
+        with suppress(RuntimeError):  # no more threads can start: only slower
+            for team in teams:
+                team.start()
+        while are_cores_wanted(is_over):
+            pass
+        is_calm.set()
+        for team in teams:
+            if team.is_alive():  # it may still compute, which would abort a process that ends
+                team.join()
+
+
+ONE_WATCH = threading.Lock()
+
+
+@contextmanager
+def share_cores() -> Iterator[None]:
+    """Let PyTorch's threads sleep instead of spin while other programs need the cores.
+
+    A thread that waits for another spins for milliseconds. That is best on an idle machine, since
+    waking up takes time; on a busy one it takes the core that the other thread needs, and training
+    becomes up to ten times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only briefly
+    in a process with more of its threads than the machine has cores. So as long as the machine is
+    busy, there are more teams of threads, which do nothing.
+    source: do_spin() in libgomp/config/linux/wait.h of GCC
+    """
+    if not ONE_WATCH.acquire(blocking=False):
+        yield  # somebody watches already
+        return
+    is_over = threading.Event()
+    watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
+    try:
+        with suppress(RuntimeError):  # no more threads can start
+            watch.start()
+        yield
+    finally:
+        is_over.set()
+        if watch.is_alive():
+            watch.join()
+        ONE_WATCH.release()
 
 
 ONE_RUN = threading.RLock()
