@@ -3341,23 +3341,25 @@ def waited_for_cores() -> float:
 
 
 def hold_team(is_calm: threading.Event) -> None:
-    """Have a team of OpenMP threads, asleep, until `is_calm`."""
-    torch.zeros(1 << 17).add_(1)  # large enough for all threads
+    """Keep an idle team of OpenMP threads until `is_calm`."""
+    torch.zeros(1 << 17).add_(1)  # large enough for a team of all threads
     is_calm.wait()
 
 
 def are_cores_wanted(is_over: threading.Event) -> bool:
-    """Whether other programs need the cores in the next half second; no when `is_over`."""
+    """Whether other programs need the cores in the next half second; False once `is_over`."""
     before = waited_for_cores()
     if is_over.wait(0.5):
         return False
-    return waited_for_cores() - before > 0.05  # idle: under 0.01; beside a busy process: over 0.2
+    # On two cores, idle: under 0.01; beside one busy process: over 0.2.
+    return waited_for_cores() - before > 0.05
 
 
 def watch_cores(is_over: threading.Event) -> None:
-    """Have more teams while other programs need the cores; see share_cores."""
+    """Add idle teams of OpenMP threads while other programs need the cores; see share_cores."""
     n_workers = torch.get_num_threads() - 1  # of a team
-    n_teams = os.cpu_count() // n_workers if n_workers else 0
+    n_cores = len(os.sched_getaffinity(0))
+    n_teams = n_cores // n_workers if n_workers else 0
     while not is_over.is_set():
         if not are_cores_wanted(is_over):
             continue
@@ -3383,26 +3385,26 @@ def share_cores() -> Iterator[None]:
     """Let PyTorch's threads sleep instead of spin while other programs need the cores.
 
     A thread that waits for another spins for milliseconds. That is best on an idle machine, since
-    waking up takes time; on a busy one it takes the core that the other thread needs, and training
-    becomes up to ten times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only briefly
-    in a process with more of its threads than the machine has cores. So as long as the machine is
-    busy, there are more teams of threads, which do nothing.
+    waking up takes time. On a busy one it occupies the core that the other thread needs, which
+    makes training several times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only
+    briefly if it has more threads than the process has cores. So while the machine is busy, idle
+    teams of its threads are added. On other systems this does nothing.
     source: do_spin() in libgomp/config/linux/wait.h of GCC
     """
-    if not ONE_WATCH.acquire(blocking=False):
-        yield  # somebody watches already
-        return
     is_over = threading.Event()
     watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
+    if sys.platform != "linux" or not ONE_WATCH.acquire(blocking=False):
+        yield  # nothing to measure, or another context watches already
+        return
     try:
         with suppress(RuntimeError):  # no more threads can start
             watch.start()
         yield
     finally:
         is_over.set()
+        ONE_WATCH.release()  # before join(), which Ctrl-C may interrupt
         if watch.is_alive():
             watch.join()
-        ONE_WATCH.release()
 
 
 ONE_RUN = threading.RLock()

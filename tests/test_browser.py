@@ -642,6 +642,11 @@ def test_undo_of_the_browser(page, tiny):
         menu.send("Input.dispatchKeyEvent", dict(type="rawKeyDown", commands=["undo"]))
         assert page.input_value("#text") == expected
     assert page.evaluate("past.length === 0 && future.length === 2")
+    redo = "new InputEvent('beforeinput', {inputType: 'historyRedo', cancelable: true})"
+    page.evaluate(f"$('text').dispatchEvent({redo})")
+    assert page.input_value("#text") == "tt"
+    page.locator("#text").press("Control+Shift+z")
+    assert page.input_value("#text") == "ttt"
 
 
 def test_undo_of_quick_changes(page, tiny):
