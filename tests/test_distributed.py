@@ -143,8 +143,8 @@ def test_incomplete_environment(cli, monkeypatch, missing):
     ],
 )
 def test_malformed_environment(cli, monkeypatch, name, value):
-    """Catches a traceback for a variable that is no number, or no port, and a rank that waits for
-    ever, since the number of ranks leaves it out."""
+    """Catches a traceback for a variable that is no number, or no port, and a rank that waits
+    forever, since the number of ranks leaves it out."""
     variables = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     for key, good in (variables | {name: value}).items():
