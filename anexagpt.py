@@ -240,7 +240,7 @@ def resolve(
         elif dtype == torch.bfloat16:
             batch_size = 6
         else:  # as on most laptops, where more windows take longer
-            batch_size = 5
+            batch_size = 4
     muon_learning_rate = cfg.muon_learning_rate
     if muon_learning_rate is None:
         # The fewer windows, the noisier the gradient. Square root: Malladi et al. 2022, "On the
@@ -562,6 +562,17 @@ def ema_rate(step: int) -> float:
     return min(1.0, 8 / step)
 
 
+def slow_momentum_rate(step: int) -> float:
+    """Share of the newest gradient in Muon's slow momentum after `step` steps.
+
+    It averages over about the last 25th of the run so far: early on, older gradients are those of
+    a network that has changed since.
+    source: Pagliardini et al. 2024, "The AdEMAMix Optimizer: Better, Faster, Older", section 3,
+    with another schedule
+    """
+    return min(0.1, 25 / step)
+
+
 def newton_schulz(X: Tensor) -> Tensor:
     """Approximately U V' for each X = U S V' of a stack (N, rows, columns): singular values near 1.
 
@@ -590,6 +601,9 @@ POLYNOMIALS = (
 class Muon:
     """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), for matrices.
 
+    The momentum is the sum of two averages of the gradients, over few steps and over many. What
+    most windows have in common is a small part of each gradient: the slow average brings it out.
+
     The gradient of a weight matrix is dominated by a few directions, whose singular values exceed
     the others by orders of magnitude: an update in proportion hardly learns the rare directions.
     Muon sets all singular values to 1, so that every direction advances at the same rate.
@@ -604,18 +618,20 @@ class Muon:
         # In float32, where Newton-Schulz is slow, only every second step updates the weights, by
         # twice as much: slightly worse per step, better per second.
         self.interval = 1 if dtype == torch.bfloat16 else 2  # steps between updates
-        self.beta = 0.9  # decay of the momentum
-        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and their momentum
-        self.momentum: dict[str, Tensor] = {}  # the same momentum by the name of the weight
+        self.beta = 0.9  # decay of the fast momentum
+        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and both their momenta
+        self.momentum: dict[str, Tensor] = {}  # the same momenta by kind and name of the weight
         names_by_shape = {}
         for name, weight in weights.items():
             names_by_shape.setdefault(self.group_shape(weight), []).append(name)
         for (rows, columns), names in names_by_shape.items():
             members = [weights[name] for name in names]
             n_groups = sum(map(len, members)) // rows
-            momentum = members[0].new_zeros(n_groups, rows, columns)
-            self.stacks.append((members, momentum))
-            self.momentum |= zip(names, self.unstack(momentum, members), strict=True)
+            momenta = members[0].new_zeros(2, n_groups, rows, columns)
+            self.stacks.append((members, momenta))
+            for kind, momentum in zip(("fast", "slow"), momenta, strict=True):
+                for name, part in zip(names, self.unstack(momentum, members), strict=True):
+                    self.momentum[f"{kind}.{name}"] = part
 
     @staticmethod
     def group_shape(weight: Tensor) -> tuple[int, int]:
@@ -630,21 +646,22 @@ class Muon:
         return stack.flatten(0, 1).split([len(weight) for weight in weights])
 
     @torch.no_grad()
-    def step(self, scale: Tensor, is_update: bool = True) -> None:
-        """Add the gradients to the momentum; if `is_update`, update the weights.
+    def step(self, scale: Tensor, slow_rate: Tensor, is_update: bool = True) -> None:
+        """Add the gradients to the momenta; if `is_update`, update the weights.
 
-        scale: multiplier of the peak rate, a scalar on the device
+        scale: multiplier of the peak rate; slow_rate: see slow_momentum_rate; scalars on the device
         """
         minus_lr = -self.interval * self.cfg.muon_learning_rate * scale
         decay = 1 + minus_lr * self.cfg.weight_decay
-        for weights, momentum in self.stacks:
+        for weights, (fast, slow) in self.stacks:
             grads = [weight.grad for weight in weights]
-            grad = torch.cat(grads).view_as(momentum)  # (N, rows, columns)
-            momentum.lerp_(grad, 1 - self.beta)
+            grad = torch.cat(grads).view_as(fast)  # (N, rows, columns)
+            fast.lerp_(grad, 1 - self.beta)
+            slow.lerp_(grad, slow_rate)
             if not is_update:
                 continue
-            nesterov_grad = grad.lerp_(momentum, self.beta)  # (N, rows, columns)
-            update = newton_schulz(nesterov_grad.to(self.dtype)).float()
+            nesterov_grad = grad.lerp_(fast, self.beta)  # (N, rows, columns)
+            update = newton_schulz((nesterov_grad + 2 * slow).to(self.dtype)).float()
             for weight, part in zip(weights, self.unstack(update, weights), strict=True):
                 weight.mul_(decay).addcmul_(part, minus_lr)
 
@@ -821,6 +838,7 @@ class Trainer:
         self.n_targets = torch.ones((), device=self.device)
         self.lr_scale = torch.zeros((), device=self.device)
         self.ema_rate = torch.zeros((), device=self.device)
+        self.slow_rate = torch.zeros((), device=self.device)  # see slow_momentum_rate
         self.step_loss = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
 
@@ -868,6 +886,7 @@ class Trainer:
         self.is_muon_update = self.steps_done % self.muon.interval == 0
         self.lr_scale.fill_(lr_scale(self.steps_done, self.cfg))
         self.ema_rate.fill_(ema_rate(self.steps_done + 1))
+        self.slow_rate.fill_(slow_momentum_rate(self.steps_done + 1))
         if self.cfg.dropout:  # its masks are a function of seed and step: resuming needs no state
             self.seed_dropout()
 
@@ -879,7 +898,7 @@ class Trainer:
         lr = self.adamw.param_groups[0]["lr"]
         lr.copy_(self.cfg.learning_rate * self.lr_scale)
         self.adamw.step()
-        self.muon.step(self.lr_scale, self.is_muon_update)
+        self.muon.step(self.lr_scale, self.slow_rate, self.is_muon_update)
         with torch.no_grad():
             for mean, p in zip(self.ema.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(p, self.ema_rate)
@@ -998,14 +1017,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint by name: what a step changes, and the best weights."""
         tensors = {"loss_sum": self.loss_sum}
+        for name, momentum in self.muon.momentum.items():
+            tensors[f"muon.{name}"] = momentum
         average = dict(self.ema.named_parameters())
         for name, weight in self.network.named_parameters():
             tensors[f"model.{name}"] = weight
             tensors[f"ema.{name}"] = average[name]
             if self.best_weights:
                 tensors[f"best.{name}"] = self.best_weights[name]
-            if name in self.muon.momentum:
-                tensors[f"muon.{name}"] = self.muon.momentum[name]
             for key, value in self.adamw.state.get(weight, {}).items():
                 tensors[f"adamw.{name}.{key}"] = value
         return tensors

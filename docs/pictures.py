@@ -64,7 +64,7 @@ class MatrixAdamW:
             matrices, betas=(0.9, 0.99), weight_decay=trainer.cfg.weight_decay
         )
 
-    def step(self, scale, is_update) -> None:
+    def step(self, scale, slow_rate, is_update) -> None:
         self.adamw.param_groups[0]["lr"] = self.rate * float(scale)
         self.adamw.step()
 

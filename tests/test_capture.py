@@ -122,11 +122,11 @@ def test_a_step_on_another_device():
     trainer.ema.to("meta")
     matrices = {n: p for n, p in trainer.network.h.named_parameters() if p.dim() == 2}
     trainer.muon = anexagpt.Muon(matrices, trainer.cfg, torch.float32)
-    for name in ("batch", "n_targets", "lr_scale", "ema_rate", "step_loss", "loss_sum"):
+    for name in ("batch", "n_targets", "lr_scale", "ema_rate", "slow_rate", "step_loss", "loss_sum"):
         setattr(trainer, name, getattr(trainer, name).to("meta"))
     trainer.cfg = anexagpt.replace(trainer.cfg, grad_accum=2)
     trainer.backward()
-    trainer.muon.step(trainer.lr_scale)
+    trainer.muon.step(trainer.lr_scale, trainer.slow_rate)
     assert all(p.grad.device.type == "meta" for p in trainer.network.parameters())
 
 

@@ -344,12 +344,12 @@ def test_checkpoint_of_another_shape(cli):
     trainer = Trainer(Corpus.from_text(prose(250)), GPTConfig(**SHAPE), TrainConfig(max_steps=3))
     trainer.fit()
     tensors = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
-    assert {"muon.h.1.mlp.c_fc.weight", "adamw.wte.weight.exp_avg", "ema.wpe.weight"} <= set(
+    assert {"muon.slow.h.1.mlp.c_fc.weight", "adamw.wte.weight.exp_avg", "ema.wpe.weight"} <= set(
         tensors
     )
     metadata = trainer.metadata()
     trainer.load_state_dict(tensors, metadata)
-    name = "muon.h.0.attn.c_proj.weight"
+    name = "muon.fast.h.0.attn.c_proj.weight"
     stopped = anexagpt.SavedFile(Path("x.checkpoint"), metadata, {})
     plan = anexagpt.Plan(GPTConfig(**SHAPE), TrainConfig(max_steps=9), None, stopped)
     with pytest.raises(anexagpt.UserError, match=r"x\.checkpoint: cannot be resumed.*`restart`"):

@@ -91,11 +91,13 @@ def run_by_hand(w: dict, ids: list[int], H: int, steps: int, exact: bool, **rate
         scale, new = (step + 1) / warmup if step < warmup else decay, {}
         for name, p in w.items():
             g, (m, v) = p.grad, moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+            # v: of Muon the slow momentum, of Adam the mean square
             if name.startswith("h.") and p.dim() == 2:  # Muon, in groups of rows
-                m = 0.9 * m + 0.1 * g
+                m, rate = 0.9 * m + 0.1 * g, min(0.1, 25 / (step + 1))
+                v = (1 - rate) * v + rate * g
                 rows, C = p.shape
                 rows = rows if rows <= C else C // 2 if C % 2 == 0 else C
-                update = [orthogonalized(x) for x in (0.9 * m + 0.1 * g).split(rows)]
+                update = [orthogonalized(x) for x in (0.9 * m + 0.1 * g + 2 * v).split(rows)]
                 lr = 2 * rates["muon"] * scale if step % 2 == 0 else 0
                 new[name] = p * (1 - lr * rates["decay"]) - lr * torch.cat(update)
             else:  # Adam
@@ -156,7 +158,7 @@ def test_a_run_equals_one_by_hand(cli, text, C, H, steps, accum, warmup, length,
         if name.endswith("c_attn.bias"):  # that of the keys has no effect, and no gradient
             p, q = torch.cat((p[:C], p[2 * C :])), torch.cat((q[:C], q[2 * C :]))
         assert (first[name] - trajectory[best][name]).abs().max() > 1e-3, name
-        torch.testing.assert_close(p, q, atol=error, rtol=0, msg=name)
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=0, msg=name)
 
 
 # ---- optimizer and evaluation --------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_pieces_see_neither_each_other_nor_other_positions():
     trainer.network.ln_f.register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
     for _ in range(3):
         trainer.step()
-    assert shapes == [(5, 64, 16), (10, 32, 16), (10, 32, 16)]
+    assert shapes == [(4, 64, 16), (8, 32, 16), (8, 32, 16)]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 20), (2, 20, 4), (7, 8, 16), (1, 1, 5)])
@@ -289,12 +291,25 @@ def test_steps_that_move_matrices(dtype, expected):
     corpus = Corpus.from_text(prose(300))
     trainer = Trainer(corpus, GPTConfig(block_size=16), TrainConfig(), "cpu", dtype)
     name = "h.0.mlp.c_proj.weight"  # the other matrices have no gradient at first
-    weight, momentum = trainer.network.get_parameter(name), trainer.muon.momentum[name]
+    weight = trainer.network.get_parameter(name)
+    momenta = [trainer.muon.momentum[f"{kind}.{name}"] for kind in ("fast", "slow")]
     for is_moved in expected:
-        before = weight.clone(), momentum.clone()
+        before = weight.clone(), [momentum.clone() for momentum in momenta]
         trainer.step()
         assert (not torch.equal(weight, before[0])) == is_moved
-        assert not torch.equal(momentum, before[1])
+        assert not any(map(torch.equal, momenta, before[1]))
+
+
+def test_slow_momentum_spans_a_part_of_the_run():
+    """Catches a slow momentum that is as fast as the other, or as slow early as late."""
+    trainer = Trainer(Corpus.from_text(prose(300)), GPTConfig(block_size=16), TrainConfig())
+    trainer.steps_done = 2_499
+    trainer.step()
+    name = "h.0.mlp.c_proj.weight"
+    grad = trainer.network.get_parameter(name).grad
+    for kind, share in (("fast", 0.1), ("slow", 0.01)):
+        torch.testing.assert_close(trainer.muon.momentum[f"{kind}.{name}"], share * grad)
+    assert anexagpt.slow_momentum_rate(1) == anexagpt.slow_momentum_rate(250) == 0.1
 
 
 # ---- what a run does -----------------------------------------------------------------------------
@@ -324,7 +339,7 @@ def test_default_dropout(cli, text, steps, rate):
 
 @pytest.mark.parametrize(
     "device, dtype, batch_size",
-    [("cpu", torch.bfloat16, 6), ("cpu", torch.float32, 5), ("cuda", torch.float32, 16)],
+    [("cpu", torch.bfloat16, 6), ("cpu", torch.float32, 4), ("cuda", torch.float32, 16)],
 )
 def test_default_batch_size_and_rate(device, dtype, batch_size):
     """Catches a default that an ordinary processor takes too long for, and a rate of Muon that
@@ -332,7 +347,7 @@ def test_default_batch_size_and_rate(device, dtype, batch_size):
     for asked, expected in ((None, batch_size), (9, 9), (3, 3)):
         cfg = resolve(TrainConfig(batch_size=asked), GPTConfig(), 500_000, device, dtype)
         assert cfg.batch_size == expected
-        rate = {3: 0.0141, 5: 0.0183}.get(expected, 0.02)
+        rate = {3: 0.0141, 4: 0.0163}.get(expected, 0.02)
         assert cfg.muon_learning_rate == rate
     given = TrainConfig(batch_size=3, muon_learning_rate=0.5)
     assert resolve(given, GPTConfig(), 500_000, device, dtype).muon_learning_rate == 0.5
