@@ -35,11 +35,8 @@ def model_values() -> dict[str, str]:
     return {
         "default_loss": f"{loss:.2f}",
         "default_share": f"{100 * math.exp(-loss):.0f}%",
-        "default_bits": f"{loss / math.log(2):.2f}",
         "default_row": row(loss),
         "row_250": row(history[250]),
-        "loss_250": f"{history[250]:.2f}",
-        "loss_500": f"{history[500]:.2f}",
     }
 
 

@@ -122,7 +122,8 @@ def test_a_step_on_another_device():
     trainer.ema.to("meta")
     matrices = {n: p for n, p in trainer.network.h.named_parameters() if p.dim() == 2}
     trainer.muon = anexagpt.Muon(matrices, trainer.cfg, torch.float32)
-    for name in ("batch", "n_targets", "lr_scale", "ema_rate", "slow_rate", "step_loss", "loss_sum"):
+    rates = ("lr_scale", "ema_rate", "slow_rate")
+    for name in ("batch", "n_targets", *rates, "step_loss", "loss_sum"):
         setattr(trainer, name, getattr(trainer, name).to("meta"))
     trainer.cfg = anexagpt.replace(trainer.cfg, grad_accum=2)
     trainer.backward()
