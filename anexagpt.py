@@ -565,10 +565,10 @@ def ema_rate(step: int) -> float:
 def slow_momentum_rate(step: int) -> float:
     """Share of the newest gradient in Muon's slow momentum after `step` steps.
 
-    It averages over about the last 25th of the run so far: early on, older gradients are those of
-    a network that has changed since.
+    It averages over about the last 25th of the run so far, but not over fewer steps than the fast
+    one. It grows with the run because early gradients are soon those of another network.
     source: Pagliardini et al. 2024, "The AdEMAMix Optimizer: Better, Faster, Older", section 3,
-    with another schedule
+    for Adam and with another schedule
     """
     return min(0.1, 25 / step)
 
@@ -601,8 +601,9 @@ POLYNOMIALS = (
 class Muon:
     """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), for matrices.
 
-    The momentum is the sum of two averages of the gradients, over few steps and over many. What
-    most windows have in common is a small part of each gradient: the slow average brings it out.
+    The momentum is an average of the gradients over few steps, with Nesterov's rule, plus twice one
+    over many. What most windows have in common is a small part of each gradient: the slow average
+    brings it out.
 
     The gradient of a weight matrix is dominated by a few directions, whose singular values exceed
     the others by orders of magnitude: an update in proportion hardly learns the rare directions.

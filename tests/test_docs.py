@@ -511,7 +511,7 @@ SOURCES = {
         "1.3 3.11 3.13 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py"
     },
     "reading": {
-        "1 8 60 300 1.25 1.81 1.86 1.88 2.09 2.29 2.41 2.51 3.08 2,000 0.01 600": "runs in float32"
+        "1 8 60 300 1.26 1.82 1.86 1.90 2.12 2.29 2.41 2.51 3.08 2,000 0.01 600": "runs in float32"
     },
     "training": {
         "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
