@@ -3375,29 +3375,34 @@ def are_cores_wanted(is_over: threading.Event) -> bool:
     return waited_for_cores() - before > 0.05
 
 
+ONE_WATCH = threading.Lock()  # held by the thread that watches: Ctrl-C comes to the main thread
+
+
 def watch_cores(is_over: threading.Event) -> None:
     """Add idle teams of OpenMP threads while other programs need the cores; see share_cores."""
-    n_workers = torch.get_num_threads() - 1  # of a team
-    n_cores = len(os.sched_getaffinity(0))
-    n_teams = n_cores // n_workers if n_workers else 0
-    while not is_over.is_set():
-        if not are_cores_wanted(is_over):
-            continue
-        is_calm = threading.Event()
-        thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
-        teams = [thread() for _ in range(n_teams)]
-        with suppress(RuntimeError):  # no more threads can start: only slower
+    if not ONE_WATCH.acquire(blocking=False):
+        return  # another thread watches already
+    try:
+        n_workers = torch.get_num_threads() - 1  # of a team
+        n_cores = len(os.sched_getaffinity(0))
+        n_teams = n_cores // n_workers if n_workers else 0
+        while not is_over.is_set():
+            if not are_cores_wanted(is_over):
+                continue
+            is_calm = threading.Event()
+            thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
+            teams = [thread() for _ in range(n_teams)]
+            with suppress(RuntimeError):  # no more threads can start: only slower
+                for team in teams:
+                    team.start()
+            while are_cores_wanted(is_over):
+                pass
+            is_calm.set()
             for team in teams:
-                team.start()
-        while are_cores_wanted(is_over):
-            pass
-        is_calm.set()
-        for team in teams:
-            if team.is_alive():  # it may still compute, which would abort a process that ends
-                team.join()
-
-
-ONE_WATCH = threading.Lock()
+                if team.is_alive():  # it may still compute, which would abort a process that ends
+                    team.join()
+    finally:
+        ONE_WATCH.release()
 
 
 @contextmanager
@@ -3411,18 +3416,17 @@ def share_cores() -> Iterator[None]:
     teams of its threads are added. On other systems this does nothing.
     source: do_spin() in libgomp/config/linux/wait.h of GCC
     """
+    if sys.platform != "linux":  # nothing to measure
+        yield
+        return
     is_over = threading.Event()
     watch = threading.Thread(target=watch_cores, args=[is_over], daemon=True)
-    if sys.platform != "linux" or not ONE_WATCH.acquire(blocking=False):
-        yield  # nothing to measure, or another context watches already
-        return
     try:
         with suppress(RuntimeError):  # no more threads can start
             watch.start()
         yield
     finally:
         is_over.set()
-        ONE_WATCH.release()  # before join(), which Ctrl-C may interrupt
         if watch.is_alive():
             watch.join()
 

@@ -806,7 +806,7 @@ def test_long_text_while_it_writes(page, tiny):
     to change a long one at each frame would delay clicks."""
     load(page, tiny)
     ink = page.evaluate("getComputedStyle($('paper')).color")
-    color = "([id]) => getComputedStyle($(id)).color"
+    color = "(id) => getComputedStyle($(id)).color"
     prompt = "the cat " * 1_000
     page.fill("#text", prompt)
     page.select_option("#pace", "20")
@@ -814,13 +814,13 @@ def test_long_text_while_it_writes(page, tiny):
     page.wait_for_function("() => text.ids.length > 8010")
     shown = page.evaluate("[mirror.data, decode(text.ids)]")
     assert shown[0] == shown[1] + "\n" and page.input_value("#text") == prompt
-    colors = [page.evaluate(color, [name]) for name in ("mirror", "text")]
+    colors = [page.evaluate(color, name) for name in ("mirror", "text")]
     assert colors == [ink, "rgba(0, 0, 0, 0)"]
     page.keyboard.press("Escape")
     page.wait_for_function("() => mode === 'idle'")
     written = page.input_value("#text")
     assert written == page.evaluate("decode(text.ids)") and len(written) > 8_010
-    colors = [page.evaluate(color, [name]) for name in ("text", "mirror")]
+    colors = [page.evaluate(color, name) for name in ("text", "mirror")]
     assert colors == [ink, "rgba(0, 0, 0, 0)"]
     page.click("#undo")
     assert page.input_value("#text") == prompt == page.evaluate("mirror.data")[:-1]

@@ -169,7 +169,7 @@ def test_stop_at_any_line(cli, monkeypatch, count):
     """Catches an instant between the last step and the saved model at which Ctrl-C (once, or twice
     at once) loses everything. It comes at every twelfth line that the program runs there, the
     network's own lines and those of generation aside."""
-    # Its last lines release a lock, which matters only to a process that goes on: this one.
+    # Interrupted in its last lines, it goes on watching, also in the tests after this one.
     monkeypatch.setattr(anexagpt, "share_cores", nullcontext)
     source = (ROOT / "anexagpt.py").read_text().splitlines()
     divider = next(i for i, line in enumerate(source) if line.startswith("# ====="))
