@@ -572,7 +572,35 @@ def test_colors_while_it_writes(page, tiny):
     assert 1_300 < page.evaluate(lowest) < 1_600
     page.click("#go")
     settled(page)
-    assert page.evaluate(lowest) == 1
+    assert page.evaluate(lowest) < 1_300
+
+
+def test_colors_of_what_is_on_the_screen(page, tiny):
+    """Catches colors of a whole long text, through which the browser goes at each change of the
+    page, and lines without colors on the screen, also after scrolling and where lines are empty."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw a cat and sat.\n\n\nthe cat\n" * 80)
+    page.evaluate("text.ids.forEach((_, p) => (text.bits[p] = 9))")
+    colored = """Array.from(CSS.highlights.get("level-4"), (range) =>
+        [range.startOffset, range.endOffset]).flat()"""
+    on_screen = """(() => {
+        const { top, bottom } = $("paper").getBoundingClientRect();
+        const seen = text.ids.map((_, p) => p).filter((p) =>
+            rectangleOf(p).bottom > top && rectangleOf(p).top < bottom);
+        return [seen.at(0), seen.at(-1) + 1];
+    })()"""
+    for share in (1, 0.4, 0):
+        page.evaluate("(share) => ($('paper').scrollTop = share * $('paper').scrollHeight)", share)
+        settled(page)
+        first, end = page.evaluate(colored)
+        seen_first, seen_end = page.evaluate(on_screen)
+        assert first <= seen_first < seen_end <= end
+        assert end - first < 2.5 * (seen_end - seen_first) < 3_000
+    page.set_viewport_size({"width": 1_280, "height": 1_400})
+    settled(page)
+    assert page.evaluate(colored)[1] >= page.evaluate(on_screen)[1] > seen_end
+    page.pdf()  # it prints the whole text
+    assert page.evaluate(colored) == [0, page.evaluate("text.ids.length")]
 
 
 def test_slow_writing(page, tiny):
