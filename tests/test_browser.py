@@ -573,6 +573,9 @@ def test_colors_while_it_writes(page, tiny):
     page.click("#go")
     settled(page)
     assert page.evaluate(lowest) < 1_300
+    page.evaluate("$('paper').scrollTop = 0")
+    settled(page)
+    assert page.evaluate(lowest) == 1
 
 
 def test_colors_of_what_is_on_the_screen(page, tiny):
@@ -601,6 +604,19 @@ def test_colors_of_what_is_on_the_screen(page, tiny):
     assert page.evaluate(colored)[1] >= page.evaluate(on_screen)[1] > seen_end
     page.pdf()  # it prints the whole text
     assert page.evaluate(colored) == [0, page.evaluate("text.ids.length")]
+
+
+def test_copy_of_the_text(page, tiny):
+    """Catches a copy that keeps what the page itself has taken from the text area: the paper would
+    stay as high as the old text, and places would be looked up in that."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw a cat. " * 100)
+    page.click("#clear")
+    settled(page)
+    assert page.evaluate("mirror.data") == "\n"
+    page.evaluate("$('text').value = 'the cat'; onInput()")
+    settled(page)
+    assert page.evaluate("mirror.data") == "the cat\n"
 
 
 def test_slow_writing(page, tiny):
