@@ -2871,18 +2871,52 @@ class ProgressDisplay:
         self.is_live = is_shown and (on_terminal(sys.stderr) or plain_console().is_jupyter)
         self.started = time.monotonic()
         self.first_step = trainer.steps_done
+        self.step_end = self.started  # of the last step and its evaluation
+        self.seconds = 0.0  # of the steps that were timed
+        self.n_timed = 0
+        self.evaluation_seconds = 0.0  # of the last evaluation
+        trainer.validate = self.timed(trainer.validate)
         self.last_update = 0.0
         self.has_warned = False
         self.board = board
         if is_shown:
             log_run(trainer)
 
+    def timed(self, validate: Callable[[], float]) -> Callable[[], float]:
+        """`validate`, which notes how long it takes; the step before it is over."""
+
+        def run() -> float:
+            self.time_step()
+            started = time.monotonic()
+            loss = validate()
+            self.evaluation_seconds = time.monotonic() - started
+            return loss
+
+        return run
+
+    def time_step(self) -> None:
+        """Count the time of the step that is over, if it is like most of those to come."""
+        t = self.trainer
+        is_first = t.steps_done <= self.first_step + 1  # slower
+        is_short = t.context < t.network.config.block_size  # faster; see context_length
+        # A GPU may still compute: there the time of a single step says nothing.
+        if not is_first and not (is_short and t.device.type == "cpu"):
+            self.seconds += time.monotonic() - self.step_end
+            self.n_timed += 1
+
     def seconds_per_step(self) -> float:
+        """Mean of the steps that were timed, or else of all."""
+        if self.n_timed:
+            return max(self.seconds / self.n_timed, 1e-9)
         seconds = max(time.monotonic() - self.started, 1e-9)
         return seconds / max(1, self.trainer.steps_done - self.first_step)
 
     def seconds_left(self) -> float:
-        return (self.trainer.cfg.max_steps - self.trainer.steps_done) * self.seconds_per_step()
+        t = self.trainer
+        steps = t.cfg.max_steps - t.steps_done
+        interval = t.cfg.eval_interval
+        evaluations = t.cfg.max_steps // interval - t.steps_done // interval
+        return steps * self.seconds_per_step() + evaluations * self.evaluation_seconds
 
     def characters_per_second(self) -> float:
         t = self.trainer
@@ -2910,14 +2944,19 @@ class ProgressDisplay:
             print(line, end=end, file=sys.stderr, flush=True)
 
     def on_step(self) -> None:
-        """Refresh the live line, five times per second at most."""
+        """Time the step, and refresh the live line, five times per second at most."""
+        t = self.trainer
+        was_evaluated = t.history and t.history[-1].step == t.steps_done
+        if not was_evaluated:
+            self.time_step()
+        self.step_end = time.monotonic()
         if self.is_live and time.monotonic() - self.last_update > 0.2:
             self.last_update = time.monotonic()
             self.show(f"{self.losses()} {self.speed()}")
 
     def on_evaluation(self, t: Trainer) -> None:
         """Report an evaluation with a sample of what the model writes."""
-        speed = self.speed()  # without the time that the sample takes
+        speed = self.speed()
         if self.board:
             self.write_scalars()
         minutes = self.seconds_left() / 60
@@ -2962,6 +3001,7 @@ class ProgressDisplay:
             self.board = None
 
     def close(self) -> None:
+        del self.trainer.validate  # back to its own method
         if self.is_live:
             self.show()
         if self.board:

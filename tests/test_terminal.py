@@ -281,6 +281,37 @@ def test_long_run_says_how_to_shorten_it(cli, monkeypatch):
         assert ("max-steps" in result.err) == bool(notes)
 
 
+def test_time_left(cli, monkeypatch):
+    """Catches an estimate from a slow first step, an evaluation or the fast short contexts."""
+    Path("prose.txt").write_text(prose(700))
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    step, validate = anexagpt.Trainer.step, anexagpt.Trainer.validate
+
+    def slow_step(trainer):
+        nonlocal now
+        step(trainer)
+        now += 0.5 if trainer.context == 64 else 0.25
+        now += 60 if trainer.steps_done == 1 else 0
+
+    def slow_validate(trainer):
+        nonlocal now
+        now += 40
+        return validate(trainer)
+
+    monkeypatch.setattr(anexagpt.Trainer, "step", slow_step)
+    monkeypatch.setattr(anexagpt.Trainer, "validate", slow_validate)
+    command = ["train", "prose.txt", *TINY, "--block-size", 64, "--max-steps", 1_000]
+    command += ["--checkpoint-interval", 1e9]
+    with interrupt_at(260):
+        result = cli(*command)
+    assert "50/1,000" in result.err and "250/1,000" in result.err
+    left = re.findall(r"(\d+:\d+) left", result.err)
+    assert left == ["10:35", "08:15"]  # 950 steps and 4 evaluations, 750 and 3
+    assert "takes about 11 minutes" in result.err
+
+
 def test_tensorboard(cli):
     """Catches figures that are not those of the run, and points that a resumed run loses."""
     Path("prose.txt").write_text(prose(700))
