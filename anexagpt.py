@@ -2872,27 +2872,27 @@ class ProgressDisplay:
         self.started = time.monotonic()
         self.first_step = trainer.steps_done
         self.step_end = self.started  # of the last step and its evaluation
-        self.seconds = 0.0  # of the steps that were timed
-        self.n_timed = 0
+        self.timed_seconds = 0.0  # of the steps that were timed
+        self.timed_steps = 0
         self.evaluation_seconds = 0.0  # of the last evaluation
-        trainer.validate = self.timed(trainer.validate)
+        trainer.validate = self.time_evaluation(trainer.validate)
         self.last_update = 0.0
         self.has_warned = False
         self.board = board
         if is_shown:
             log_run(trainer)
 
-    def timed(self, validate: Callable[[], float]) -> Callable[[], float]:
-        """`validate`, which notes how long it takes; the step before it is over."""
+    def time_evaluation(self, validate: Callable[[], float]) -> Callable[[], float]:
+        """`validate`, whose time is noted."""
 
-        def run() -> float:
-            self.time_step()
+        def timed() -> float:
+            self.time_step()  # which is over, also on a GPU: its loss has been read
             started = time.monotonic()
             loss = validate()
             self.evaluation_seconds = time.monotonic() - started
             return loss
 
-        return run
+        return timed
 
     def time_step(self) -> None:
         """Count the time of the step that is over, if it is like most of those to come."""
@@ -2901,13 +2901,13 @@ class ProgressDisplay:
         is_short = t.context < t.network.config.block_size  # faster; see context_length
         # A GPU may still compute: there the time of a single step says nothing.
         if not is_first and not (is_short and t.device.type == "cpu"):
-            self.seconds += time.monotonic() - self.step_end
-            self.n_timed += 1
+            self.timed_seconds += time.monotonic() - self.step_end
+            self.timed_steps += 1
 
     def seconds_per_step(self) -> float:
         """Mean of the steps that were timed, or else of all."""
-        if self.n_timed:
-            return max(self.seconds / self.n_timed, 1e-9)
+        if self.timed_steps:
+            return max(self.timed_seconds / self.timed_steps, 1e-9)
         seconds = max(time.monotonic() - self.started, 1e-9)
         return seconds / max(1, self.trainer.steps_done - self.first_step)
 
@@ -2946,8 +2946,8 @@ class ProgressDisplay:
     def on_step(self) -> None:
         """Time the step, and refresh the live line, five times per second at most."""
         t = self.trainer
-        was_evaluated = t.history and t.history[-1].step == t.steps_done
-        if not was_evaluated:
+        was_evaluated = bool(t.history) and t.history[-1].step == t.steps_done
+        if not was_evaluated:  # else the step was timed before that
             self.time_step()
         self.step_end = time.monotonic()
         if self.is_live and time.monotonic() - self.last_update > 0.2:
@@ -2956,7 +2956,6 @@ class ProgressDisplay:
 
     def on_evaluation(self, t: Trainer) -> None:
         """Report an evaluation with a sample of what the model writes."""
-        speed = self.speed()
         if self.board:
             self.write_scalars()
         minutes = self.seconds_left() / 60
@@ -2971,7 +2970,7 @@ class ProgressDisplay:
             if self.is_live:
                 self.show(f"{self.losses()} | {sample}", "\n")
             else:
-                log(f"{self.losses()} {speed} | {printable(sample)}")
+                log(f"{self.losses()} {self.speed()} | {printable(sample)}")
         if overfits(t.history) and not self.has_warned:
             self.has_warned = True
             log("NOTE: overfitting: validation loss rises while training loss falls. The best")
