@@ -531,7 +531,7 @@ def train(args):
     """Train on the text --data and write the model to --out."""
     name = args.data.name
     try:
-        text = args.data.read_text(encoding="utf-8-sig")
+        text = args.data.read_text(encoding="utf-8").removeprefix("\ufeff")  # byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.data}: byte {error.start:,} is not utf-8 text") from None
     T = args.block_size

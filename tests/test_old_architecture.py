@@ -337,7 +337,7 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path, cli):
     [
         ("--model nowhere.safetensors", "py: nowhere.safetensors: No such file or directory"),
         ("--model bad.txt", "bad.txt: not a whole model of Anexa"),
-        ("--data bad.txt", "bad.txt: byte"),
+        ("--data bad.txt", "bad.txt: byte 6 is not utf-8 text"),
         ("--data short.txt", "short.txt: 5 characters"),
         ("--out no/where.safetensors", "No such file"),
         ("--n-head 5", "n_embd must be a multiple of n_head"),
@@ -354,7 +354,7 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path, cli):
 )
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(args, words, tmp_path):
     """Catches a traceback, a wrong status, and a message that does not name the cause."""
-    (tmp_path / "bad.txt").write_bytes(b"caf\xe9" * 9)
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9" * 9)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "some.txt").write_text("the cat sat on the mat. " * 20)
     done = run(*args.split(), cwd=tmp_path)
