@@ -44,7 +44,8 @@ The second part connects it to the world:
     command line  options and commands
 
 Shapes: B batch, T time (characters in a window), C channels (n_embd), H heads, D = C / H channels
-of a head, S positions that a query may attend to, V vocab_size, L layers (n_layer).
+of a head, S positions that a query may attend to, V vocab_size, L layers (n_layer), N any other
+number, as of the characters of a text or of the matrices in a stack.
 """
 
 from __future__ import annotations
@@ -200,14 +201,14 @@ class TrainConfig(Config):
 
     max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
     batch_size: int | None = option(None, "windows per step (default: by the device)", 1, 100_000)
-    grad_accum: int = option(1, "micro-batches per step: less memory, same result", 1, 100_000)
+    grad_accum: int = option(1, "micro-batches per step: less memory, same batch", 1, 100_000)
     muon_learning_rate: float | None = option(
         None, "peak rate of Muon: matrices of the blocks (default: by the batch)", 0.0, 10.0
     )
     learning_rate: float | None = option(
         None, "peak rate of AdamW: all other weights (default: by the channels)", 0.0, 10.0
     )
-    weight_decay: float = option(0.1, "of Muon's matrices, times their rate", 0.0, 10.0)
+    weight_decay: float = option(0.1, "decoupled weight decay of Muon's matrices", 0.0, 10.0)
     warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
     dropout: float | None = option(None, "dropout rate (default: depends on the epochs)", 0.0, 0.9)
     logit_scale: float | None = option(None, None, 0.1, 10.0)
@@ -243,14 +244,13 @@ def resolve(
             batch_size = 4
     muon_learning_rate = cfg.muon_learning_rate
     if muon_learning_rate is None:
-        # The fewer windows, the noisier the gradient. Square root: Malladi et al. 2022, "On the
-        # SDEs and Scaling Rules for Adaptive Gradient Algorithms".
+        # The fewer windows, the noisier the gradient. The square root is that of Malladi et al.
+        # 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", for Adam.
         muon_learning_rate = round(0.02 * min(1.0, batch_size / 6) ** 0.5, 4)
     learning_rate = cfg.learning_rate
     if learning_rate is None:
-        # A product of two vectors adds up the changes of their numbers, so it changes more with
-        # more channels, at most in proportion. At 384 half of the rate was better than the whole;
-        # the square root is near that.
+        # A dot product adds up one change per channel, so it changes at most in proportion to the
+        # channels. At 384 half the rate was better than the whole; the square root is near that.
         learning_rate = round(6e-3 * min(1.0, 128 / config.n_embd) ** 0.5, 4)
     epochs = cfg.max_steps * batch_size * config.block_size / n_chars
     dropout = default_dropout(epochs) if cfg.dropout is None else cfg.dropout
@@ -505,7 +505,7 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
         if context is not None:
-            x = x.reshape(-1, context, x.shape[-1])
+            x = x.reshape(-1, context, x.shape[-1])  # (B * T / context, context, C)
         for block in self.h:
             x = block(x, cache)
         if cache is not None:
@@ -516,13 +516,16 @@ class GPT(nn.Module):
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log p(target) in nats over `targets` (B, T); the unknown character does not count."""
+    """Sum of -log p(target) in nats over `targets` (B, T); the unknown character does not count.
+
+    logits: (B, T, V), or in the same order cut into pieces; see `context` in GPT.forward
+    """
     logits = logits.flatten(0, 1).float()  # (B * T, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=0, reduction="sum")
 
 
 # ---- optimizer -----------------------------------------------------------------------------------
-# Matrices of the blocks: Muon. Embeddings, LayerNorms and biases: AdamW.
+# Matrices of the blocks: Muon. Embeddings, LayerNorms and biases: AdamW without weight decay.
 
 
 def lr_scale(step: int, cfg: TrainConfig) -> float:
@@ -541,8 +544,8 @@ def context_length(step: int, cfg: TrainConfig, block_size: int) -> int:
     """How many characters attention looks back on at `step`: few in the first fifth of a run.
 
     What follows a character depends most on the few before it. Attention learns to find these
-    sooner among 32 characters than among all; until then the loss stays near that of counted
-    pairs of characters. Every fourth step has the whole context, so that all of it can be used.
+    sooner among 32 characters than among all; until then the loss stays near that of a bigram
+    model. Every fourth step has the whole context, so that all of it can be used.
     source: Press et al. 2021, "Shortformer: Better Language Modeling using Shorter Inputs",
     section 4; there all early windows are short
     """
@@ -671,7 +674,7 @@ class Muon:
 
 
 class TextInfo(NamedTuple):
-    """Which text it was: names, SHA-256 of its UTF-8 bytes, number of characters."""
+    """Provenance of a text: names, SHA-256 of its UTF-8 bytes, number of characters."""
 
     names: list[str]
     sha256: str
@@ -703,7 +706,7 @@ class Corpus(NamedTuple):
 
 
 def split_ids(ids: ndarray) -> tuple[ndarray, ndarray]:
-    """Training part, the first 90%, and validation part, at most a million characters."""
+    """Training part and validation part: the last tenth, at most a million characters."""
     n = max(len(ids) * 9 // 10, len(ids) - 1_000_000)
     return ids[:n], ids[n:]
 
@@ -780,8 +783,10 @@ class Evaluation(NamedTuple):
     """A row of the loss history; losses in nats per character."""
 
     step: int
-    training_loss: float  # mean over the steps since the last evaluation
-    validation_loss: float
+    # Mean over the steps since the last evaluation, of the current weights, with dropout,
+    # logit_scale and short contexts: what counts is its course, not its distance from the other.
+    training_loss: float
+    validation_loss: float  # of the averaged weights
 
 
 class Diverged(UserError):
@@ -913,7 +918,7 @@ class Trainer:
             x = part[:, :-1]  # (B / grad_accum, T)
             y = part[:, 1:]  # (B / grad_accum, T), the characters that follow
             with autocast(self.device, self.dtype):
-                logits = self.network(x, context=self.context)  # B / grad_accum * T times (V,)
+                logits = self.network(x, context=self.context)  # (..., V)
             loss = cross_entropy_sum(self.cfg.logit_scale * logits, y) / self.n_targets
             loss.backward()
             self.step_loss += loss.detach()
@@ -1010,7 +1015,7 @@ class Trainer:
 
     def best_model(self) -> Model:
         """The weights with the lowest validation loss; before an evaluation, the averaged ones."""
-        network = copy.deepcopy(self.ema)
+        network = copy.deepcopy(self.ema).requires_grad_()
         if self.best_weights:
             network.load_state_dict(self.best_weights)
         return Model(network, self.corpus.tokenizer, self.metadata())
@@ -1064,10 +1069,10 @@ class SampleConfig(Config):
         0.7, "below 1 safer, above 1 wilder, 0 always the likeliest", 0, 100
     )
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
-    top_p: float = option(1.0, "draw from the likeliest that add up to this; 1 is off", 0, 1)
-    min_p: float = option(0.0, "exclude what is below this share of the likeliest; 0 is off", 0, 1)
+    top_p: float = option(1.0, "draw from the fewest that reach this probability; 1 is off", 0, 1)
+    min_p: float = option(0.0, "exclude what is below this times the likeliest; 0 is off", 0, 1)
     repetition_penalty: float = option(1.0, "above 1: repeats get less likely", 0.01, 100)
-    no_repeat_ngram_size: int = option(0, "write no n characters twice; 0 is off", 0, 1000)
+    no_repeat_ngram_size: int = option(0, "never repeat a text of n characters; 0 is off", 0, 1000)
     max_new: int = option(300, "characters to write", 0, 10**12)
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
     seed: int | None = option(None, "same seed, same text (default: random)", 0, 2**63 - 1)
@@ -1557,11 +1562,11 @@ Tokenizer.normalize_prompt = normalize_prompt
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention`, at about twice the speed."""
+    """`attention`, faster: a fused kernel or fewer operations."""
     B, H, T, D = q.shape
     S = k.shape[2]
     if S == 1:  # one key only; on CUDA a product with an inner dimension of 1 would need Triton
-        return v.expand(B, H, T, D)
+        return v
     if q.device.type == "mps":  # PyTorch's issues 169222, 176767, 181133 and 195910
         return attention(q, k, v)
     is_short = S <= 64 or (S <= 512 and q.dtype == torch.bfloat16)
@@ -1905,7 +1910,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def publish(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
+def atomic_write(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
     """Temporary file beside `path` that becomes `path` once it is complete and on the disk.
 
     `may_replace` is asked last of all, whether or not there is a file.  raises: OSError
@@ -1963,17 +1968,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
         file.writelines(tensor_bytes(tensors, header))
 
 
-def publish_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
     """Write a model file.  raises: OSError; UserError where a file that is no model stands"""
     path = user_path(path)
     if path.exists():
         fix = "save the model under another name"
         require(not read_file(path, fix).is_checkpoint, f"{path}: is a checkpoint; {fix}")
-    with publish(path) as temporary:
+    with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, header)
 
 
-Model.write_file = staticmethod(publish_tensors)
+Model.write_file = staticmethod(save_tensors)
 
 
 def user_path(name: str | Path) -> Path:
@@ -2002,7 +2007,7 @@ def checkpoint_path(out: Path) -> Path:
 
 
 def file_id(path: Path) -> tuple | None:
-    """What tells a file from another that takes its place; None if there is none."""
+    """Device, inode, time and size, to notice that another file has taken the place; or None."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -2040,7 +2045,7 @@ class RunFile:
             log(f"NOTE: {self.path} was created by another program; saving to {path}")
             self.written = None
         # Another file may have come meanwhile.
-        with publish(path, lambda: file_id(path) in (None, self.written)) as temporary:
+        with atomic_write(path, lambda: file_id(path) in (None, self.written)) as temporary:
             write_tensors(temporary, tensors, header)
         self.path = path
         self.written = file_id(path)
@@ -2376,14 +2381,15 @@ def fetch(url: str, path: Path, ending: str) -> None:
     require(not is_compressed, f"the server sent it compressed ({coding[:20]}); {fix}")
     length = response.headers.get("Content-Length", "")
     total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
-    with closing(response), publish(path) as temporary:
+    with closing(response), atomic_write(path) as temporary:
         with open(temporary, "xb") as file, transient_bar() as bar:
             task = bar.add_task("", total=total)
             while piece := response.raw.read1(1 << 16):
                 file.write(piece)
                 bar.update(task, completed=file.tell())
         check_download(temporary, url, response.headers.get("Content-Type", ""), ending)
-        with publish(path.with_suffix(".sha256")) as record:  # first: a copy without is not ours
+        # First: a copy without it is not ours.
+        with atomic_write(path.with_suffix(".sha256")) as record:
             record.write_text(f"{sha256_of(temporary)}  {path.name}\n")
 
 
@@ -2741,7 +2747,10 @@ def escape_control(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """First line of a foreign message, harmless to a terminal and without our mark of settings."""
+    """First line of another program's message, without control characters and backquotes.
+
+    Backquotes mark the names of settings in our own messages.
+    """
     text = escape_control(str(error) or type(error).__name__).partition("\n")[0]
     return text.replace("`", "'")
 
@@ -2843,7 +2852,7 @@ def log_run(t: Trainer) -> None:
         log(f"NOTE: only {n:,} characters: expect scraps of words, not sentences.")
     epochs = t.cfg.max_steps * t.cfg.batch_size * m.config.block_size / len(t.train_ids)
     if is_unlike(t.train_ids, t.val_ids, len(m.characters)):
-        log("NOTE: the last tenth of the text, for validation, is unlike the rest, as in another")
+        log("NOTE: the end of the text, which is for validation, is unlike the rest, as in another")
         log("language: its loss says little, and the weights that are saved may not be the best.")
     init = f" of {t.cfg.init}" if t.cfg.init else ""
     log(
@@ -2883,7 +2892,7 @@ class ProgressDisplay:
             log_run(trainer)
 
     def time_evaluation(self, validate: Callable[[], float]) -> Callable[[], float]:
-        """`validate`, whose time is noted."""
+        """Wrap `validate` to measure its time."""
 
         def timed() -> float:
             self.time_step()  # which is over, also on a GPU: its loss has been read
@@ -3234,7 +3243,7 @@ class RunFiles:
         return unfinished
 
     def begin(self, trainer: Trainer) -> None:
-        """A resumed run says so; a new one keeps an old model, and drops an old checkpoint."""
+        """Log a resumed run; for a new one rename an old model and delete an old checkpoint."""
         self.next_save = time.monotonic() + trainer.cfg.checkpoint_interval
         out = self.model.path
         if trainer.steps_done:
@@ -3390,8 +3399,8 @@ def training_lock(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def waited_for_cores() -> float:
-    """Seconds that threads of this process could have run, but others had the cores (on Linux)."""
+def run_delay() -> float:
+    """Seconds that threads of this process could have run, but had to wait for a core (Linux)."""
     seconds = 0.0
     for file in glob.iglob("/proc/self/task/*/schedstat"):
         with suppress(OSError):  # a thread that has just ended
@@ -3405,20 +3414,23 @@ def hold_team(is_calm: threading.Event) -> None:
     is_calm.wait()
 
 
-def are_cores_wanted(is_over: threading.Event) -> bool:
-    """Whether other programs need the cores in the next half second; False once `is_over`."""
-    before = waited_for_cores()
+def is_oversubscribed(is_over: threading.Event) -> bool:
+    """Whether more threads want to run than there are cores, in the next half second.
+
+    False once `is_over`.
+    """
+    before = run_delay()
     if is_over.wait(0.5):
         return False
     # On two cores, idle: under 0.01; beside one busy process: over 0.2.
-    return waited_for_cores() - before > 0.05
+    return run_delay() - before > 0.05
 
 
 ONE_WATCH = threading.Lock()  # held by the thread that watches: Ctrl-C comes to the main thread
 
 
 def watch_cores(is_over: threading.Event) -> None:
-    """Add idle teams of OpenMP threads while other programs need the cores; see share_cores."""
+    """Add idle teams of OpenMP threads while the cores are oversubscribed; see share_cores."""
     if not ONE_WATCH.acquire(blocking=False):
         return  # another thread watches already
     try:
@@ -3426,7 +3438,7 @@ def watch_cores(is_over: threading.Event) -> None:
         n_cores = len(os.sched_getaffinity(0))
         n_teams = n_cores // n_workers if n_workers else 0
         while not is_over.is_set():
-            if not are_cores_wanted(is_over):
+            if not is_oversubscribed(is_over):
                 continue
             is_calm = threading.Event()
             thread = partial(threading.Thread, target=hold_team, args=[is_calm], daemon=True)
@@ -3434,7 +3446,7 @@ def watch_cores(is_over: threading.Event) -> None:
             with suppress(RuntimeError):  # no more threads can start: only slower
                 for team in teams:
                     team.start()
-            while are_cores_wanted(is_over):
+            while is_oversubscribed(is_over):
                 pass
             is_calm.set()
             for team in teams:
@@ -3446,7 +3458,7 @@ def watch_cores(is_over: threading.Event) -> None:
 
 @contextmanager
 def share_cores() -> Iterator[None]:
-    """Let PyTorch's threads sleep instead of spin while other programs need the cores.
+    """Let PyTorch's threads sleep instead of spin while the cores are oversubscribed.
 
     A thread that waits for another spins for milliseconds. That is best on an idle machine, since
     waking up takes time. On a busy one it occupies the core that the other thread needs, which
@@ -3727,7 +3739,7 @@ def view_tokens(model: Model, text: str, console: Console) -> None:
     for cluster in clusters:
         known, _ = tokenizer.normalize_prompt(cluster)
         ids = "+".join(map(str, tokenizer.encode(known))) or "-"
-        styles.append(WARM[cluster != known])
+        styles.append(WARM[1] if cluster != known else "")
         notes.append(f"{ids} ")
     known, changes = tokenizer.normalize_prompt(text)
     n = sum(map(len, clusters))
@@ -4266,7 +4278,7 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
     """Write the model for llama.cpp; `half`: matrices in float16."""
     gguf = optional("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.network.config.n_layer)
-    with publish(path) as temporary:
+    with atomic_write(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         for name, value in gguf_entries(model, printable(path.stem), half).items():
             getattr(writer, f"add_{name}")(value)
@@ -4297,11 +4309,14 @@ def export(
     require(is_gguf, f"{gguf}: must end in .gguf; choose another name")
     is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
     require(is_folder, f"{folder}: is not a folder; choose another name")
-    source = real_path(model.path)
+    reserved = []
+    if model.path:
+        source = real_path(model.path)
+        reserved = [source, source.parent]
     for path in filter(None, (folder, gguf)):
         exists = any(path.iterdir()) if path.is_dir() else path.exists()
         require(force or not exists, f"{path}: exists; choose another name, or add `force`")
-        is_apart = real_path(path) not in (source, source.parent)
+        is_apart = real_path(path) not in reserved
         require(is_apart, f"{path}: is the model itself, or its folder; choose another name")
     contents = {}
     if folder:
@@ -4314,7 +4329,7 @@ def export(
         fix = "is a trained model, which `force` does not replace; choose another folder"
         require(not is_trained, f"{folder / MODEL}: {fix}")
     for path, content in contents.items():
-        with publish(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     if folder:
         log(f"Written to {folder}: {', '.join(files)}")
@@ -4441,8 +4456,11 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("run train", "--tensorboard", dict(type=user_path, metavar="DIR", help="folder for its logs")),
     ("chat generate explain eval info export push", "--model",
      dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
-    ("run train chat generate explain eval", "--device",
+    ("run train eval", "--device",
      dict(default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: GPU, else CPU")),
+    ("chat generate explain", "--device",
+     dict(default="auto", choices=("auto", "cuda", "mps", "cpu"),
+          help="default: GPU, else CPU; CPU for one text of a small model")),
     ("run train eval", "--dtype",
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
     ("run train chat generate explain eval", "--plain",
@@ -4827,7 +4845,7 @@ def explain_runtime_error(error: Exception) -> str | None:
     # PyTorch's CPU allocator raises RuntimeError, with other words on Windows.
     words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
     if re.search(words, repr(error)):
-        fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the result"
+        fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the batch"
         return f"out of memory; use {fix}"
     if re.search("(?i)gloo|nccl|c10d", str(error)):
         return "another rank failed; the same command resumes from the last checkpoint"

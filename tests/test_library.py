@@ -210,6 +210,19 @@ def test_numbers_of_numpy(tiny):
     assert load("m.safetensors").metadata.training["max_steps"] == 4
 
 
+def test_model_without_a_file():
+    """Catches a network of a run that cannot be trained on, and an export that needs a file."""
+    model = train(text=TEXT, **SMALL)
+    ids = torch.tensor(model.prompt_ids("the"), dtype=torch.long)[None]  # (1, 3)
+    model.network(ids).sum().backward()
+    assert all(p.grad is not None for p in model.network.parameters())
+    anexagpt.export(model, Path("hf"), Path("m.gguf"), "mit", half=False, force=False)
+    copied = load("hf/model.safetensors").next_characters("the")
+    assert np.allclose(copied, model.next_characters("the"), atol=1e-6)
+    with pytest.raises(UserError, match="exists"):
+        anexagpt.export(model, None, Path("m.gguf"), "mit", half=False, force=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_network_in_another_dtype(tiny, dtype):
     """Catches a network that cannot write text after Module.to(), and a file that is spoilt."""
@@ -355,7 +368,7 @@ def test_cores_are_shared(monkeypatch):
     """Catches threads that go on spinning beside other programs, or that sleep on an idle machine:
     GNU's OpenMP decides by the number of its threads."""
     waited = 0.0
-    monkeypatch.setattr(anexagpt, "waited_for_cores", lambda: waited)
+    monkeypatch.setattr(anexagpt, "run_delay", lambda: waited)
     n_cores = len(os.sched_getaffinity(0))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -383,7 +396,7 @@ def test_cores_are_shared(monkeypatch):
 def test_teams_have_ended(monkeypatch):
     """Catches a team that still computes while Python ends, which would abort the process."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(anexagpt, "are_cores_wanted", lambda is_over: not is_over.wait(0.01))
+    monkeypatch.setattr(anexagpt, "is_oversubscribed", lambda is_over: not is_over.wait(0.01))
     ended = []
 
     def slow_team(is_calm: threading.Event) -> None:
@@ -419,10 +432,10 @@ def test_waiting_for_cores_is_measured():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         time.sleep(0.5)  # they start
-        waited, begun, ran = anexagpt.waited_for_cores(), time.monotonic(), time.thread_time()
+        waited, begun, ran = anexagpt.run_delay(), time.monotonic(), time.thread_time()
         while time.monotonic() < begun + 1.5:
             pass
-        waited = anexagpt.waited_for_cores() - waited
+        waited = anexagpt.run_delay() - waited
         idle = time.monotonic() - begun - (time.thread_time() - ran)
         assert waited == pytest.approx(idle, abs=0.2) and idle > 0.8
     finally:
