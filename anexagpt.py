@@ -701,7 +701,10 @@ class Corpus(NamedTuple):
             found = f"{spell_out(text[error.start])} at {error.start:,} is a lone surrogate"
             fix = "decode the text with its real encoding, or errors='replace'"
             raise UserError(f"`text`: {found}; {fix}") from None
-        tokenizer = Tokenizer(build_vocab(text))
+        characters = build_vocab(text)
+        is_text = len(characters) <= 65_536
+        require(is_text, "`text`: more than 65,535 different characters; is it text?")
+        tokenizer = Tokenizer(characters)
         return cls(TextInfo(["text"], sha256, len(text)), tokenizer, tokenizer.encode(text))
 
 
@@ -1465,7 +1468,7 @@ import time
 import unicodedata
 import weakref
 from collections import Counter, defaultdict
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ContextDecorator, ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import chain, pairwise
@@ -1992,6 +1995,7 @@ def user_path(name: str | Path) -> Path:
     fix = "only texts are downloaded, from http:// and https://; name a file on this computer"
     require(is_local, f"{printable(public_name(name))}: {fix}")
     require(name, "'': is an empty name, perhaps from an unset variable; give a name")
+    require("\0" not in name, f"{printable(name)}: is no name of a file; leave the \\0 out")
     path = Path(os.path.expanduser(name))
     require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
     return path
@@ -2135,11 +2139,16 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
             metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             check_metadata(metadata)
-            n_bytes = 4 * metadata.config.n_parameters()  # a changed network may have fewer
-            is_possible = n_bytes < 10 * path.stat().st_size + (1 << 24)  # limits the memory
+            # Limits the memory. A changed network may have fewer weights, or more.
+            expected = 4 * metadata.config.n_parameters()
+            actual = path.stat().st_size - size
+            is_possible = max(expected, actual) < 10 * min(expected, actual) + (1 << 24)
             require(is_possible, "its tensors are not those of its config")
             file.seek(0)  # read, not mapped: the file may be replaced while it is in use
             return SavedFile(path, metadata, safetensors.torch.load(file.read()))
+    except OSError as error:
+        error.filename = str(path)  # read() does not name the file
+        raise
     except KeyError as error:
         reason = f"it has no {error}"
     except (AttributeError, LookupError, RecursionError, TypeError) as error:
@@ -3039,12 +3048,12 @@ def loss_chart(history: list[Evaluation]) -> str:
 
 
 @contextmanager
-def handle_signals(handler) -> Iterator[None]:
-    """Within it Ctrl-C, SIGTERM and SIGHUP have this handler, unless they are ignored."""
+def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")) -> Iterator[None]:
+    """Within it Ctrl-C (SIGINT) and others have this handler, unless they are ignored."""
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            for name in names:
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     before[number] = signal.signal(number, handler)
@@ -3085,6 +3094,27 @@ class SignalCatcher:
                 with suppress(OSError):  # not log(), which the signal may have interrupted
                     os.write(2, words)
         elif number == signal.SIGINT and now - self.first_time > 1:
+            raise KeyboardInterrupt
+
+
+class OneInterrupt(ContextDecorator):
+    """Inside `with`, Ctrl-C raises KeyboardInterrupt, once; outside, nothing.
+
+    The second of two hasty presses would interrupt what handles the first.
+    """
+
+    def __init__(self):
+        self.is_armed = False
+
+    def __enter__(self) -> None:
+        self.is_armed = True
+
+    def __exit__(self, *_) -> None:
+        self.is_armed = False
+
+    def handle(self, number, frame) -> None:
+        if self.is_armed:
+            self.is_armed = False
             raise KeyboardInterrupt
 
 
@@ -4067,11 +4097,11 @@ class FileCompleter(completion.PathCompleter):
                 yield completion.Completion(choice.text + end, display=choice.display)
 
 
-def prompt_reader() -> Callable[[], str]:
+def prompt_reader(interrupt: OneInterrupt) -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if not is_terminal or os.environ.get("TERM") == "dumb":
-        return read_prompt
+        return interrupt(read_prompt)
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
@@ -4093,27 +4123,36 @@ def prompt_reader() -> Callable[[], str]:
         multiline=Condition(lambda: is_unclosed(session.default_buffer.text)),
         enable_suspend=True,
     )
-    return lambda: re.sub("[\ud800-\udfff]", UNKNOWN, session.prompt())  # undecodable bytes
+
+    def read() -> str:
+        line = session.prompt(handle_sigint=False)  # here Ctrl-C is a key
+        return re.sub("[\ud800-\udfff]", UNKNOWN, line)  # undecodable bytes
+
+    return read
 
 
 def chat_loop(model: Model, cfg: SampleConfig, load: Callable[[Path], Model]) -> None:
     """The prompt loop, until `quit`, `exit` or the end of the input; `load` opens another model."""
     log("\n--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)")
     chat = Chat(model, cfg, load)
-    read = prompt_reader()
-    while True:
-        try:
-            chat.respond(read())
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            log("(to leave: quit or Ctrl-D)")
-        except UserError as error:
-            log(f"({as_options(str(error)).removeprefix('--')})")
-        except OSError as error:
-            if not error.filename:
-                raise  # the terminal, or the reader of a pipe, has gone
-            log(f"({error.filename}: {error.strerror})")
+    interrupt = OneInterrupt()
+    read = prompt_reader(interrupt)
+    with handle_signals(interrupt.handle, ["SIGINT"]):
+        while True:
+            try:
+                line = read()
+                with interrupt:
+                    chat.respond(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                log("(to leave: quit or Ctrl-D)")
+            except UserError as error:
+                log(f"({as_options(str(error)).removeprefix('--')})")
+            except OSError as error:
+                if not error.filename:
+                    raise  # the terminal, or the reader of a pipe, has gone
+                log(f"({error.filename}: {error.strerror})")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -4370,7 +4409,8 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
         raise
     except Exception as error:  # the client checks no answer: a bad one raises anything
         fix = "check name and connection, or 'hf auth login' with a token that may write there"
-        reason = first_line(error)
+        token = repr(hub.get_token())[1:-1]  # as an error shows one with control characters
+        reason = first_line(error).replace(token, "...")
         if isinstance(error, (AttributeError, LookupError, TypeError)):
             reason = f"unexpected answer of the server ({reason})"
         raise UserError(f"{name}: not uploaded: {reason}; {fix}") from None

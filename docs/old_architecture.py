@@ -20,6 +20,7 @@ import math
 import operator
 import os
 import random
+import secrets
 import struct
 import sys
 import tempfile
@@ -544,7 +545,7 @@ def train(args):
     enough = len(val_ids) > T
     require(enough, f"{name}: {len(text)} characters; --block-size {T} needs over {10 * T}")
     fix = f"choose another --out; if it is a model, prompt it with --model {args.out}"
-    require(not args.out.exists(), f"{args.out}: exists; {fix}")
+    require(not os.path.lexists(args.out), f"{args.out}: exists; {fix}")
     tempfile.TemporaryFile(dir=args.out.parent).close()  # fails now if saving would fail
     entropy = unigram_entropy(ids)
     log(f"{name}: {len(text):,} characters, unigram entropy {entropy:.4f}, {config}")
@@ -563,7 +564,7 @@ def train(args):
         "validation_loss": history[-1][-1],
         "history": history,
     }
-    save_model(args.out, config, state_dict, metadata)
+    args.out = save_model(args.out, config, state_dict, metadata)
     log(f"Model saved to {args.out}")
 
 
@@ -616,7 +617,7 @@ def tensor_entries(config, names):
 
 
 def save_model(path, config, state_dict, metadata):
-    """Write a model file; an existing one is replaced only when the new one is complete."""
+    """Write a model file, whole or not at all. Returns its path: not `path` if that exists."""
     fields = {name: json.dumps(value) for name, value in metadata.items()}
     header = {"__metadata__": {"format": "pt", "format_version": "1"} | fields}
     text = json.dumps(header | tensor_entries(config, state_dict)).encode()
@@ -626,12 +627,15 @@ def save_model(path, config, state_dict, metadata):
     is_sane = all(abs(x) < LARGEST for row in rows for x in row)
     require(is_sane, f"{path}: not saved: the run diverged; lower --learning-rate")
     tensors = [struct.pack(f"<{len(row)}f", *row) for row in rows]
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
     try:
         temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *tensors]))
+        while os.path.lexists(path):  # another program has made one during this run
+            path = path.with_name(f"new-{path.name}")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
 
 
 def read_header(file):
@@ -656,7 +660,7 @@ def read_header(file):
 def read_tensors(file, entries):
     """State dict of floats from the rest of a model file after its header."""
     n = sum(math.prod(entry["shape"]) for entry in entries.values())
-    numbers = struct.unpack(f"<{n}f", file.read())
+    numbers = struct.unpack(f"<{n}f", file.read(4 * n + 1))  # fails if there are more
     require(all(abs(x) < LARGEST for x in numbers), "weights not finite, or absurdly large")
     numbers = iter(numbers)
     state_dict = {}
@@ -688,7 +692,10 @@ def escape_control(text):
 
 def log(text="", end="\n"):
     """Print to standard error: standard output is for generated text."""
-    print(escape_control(text), end=end, file=sys.stderr, flush=True)
+    try:
+        print(escape_control(text), end=end, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it any more: the run goes on
+        sys.stderr = io.StringIO()
 
 
 def write(text):
@@ -783,6 +790,9 @@ def main(argv):
         return 2
     except ValueError as error:
         log(f"{Path(__file__).name}: {error}")
+        return 2
+    except MemoryError:
+        log(f"{Path(__file__).name}: out of memory; use a smaller text, model or --block-size")
         return 2
     except OverflowError:
         log(f"{Path(__file__).name}: the run diverged; lower --learning-rate")

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import stat
 import time
 import unicodedata
@@ -14,6 +15,8 @@ import pytest
 import torch
 from rich.cells import cell_len
 from test_terminal import Terminal, random_model
+
+import anexagpt
 
 CHARACTERS = "\n !'./abcdefghijklmnopqrstuvwxyz"
 OPENING = ["", "--- Interactive Generation ---", "Enter a prompt to continue (or 'quit' to exit)"]
@@ -366,7 +369,8 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer",
         "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
         "/model no.safetensors": "no such file", "/read model.safetensors": "save it as such)",
-        "/model model.safetensors/x": "no such file", f"/read {'n' * 300}": "too long",
+        "/model model.safetensors/x": "no such file", "/model /proc/self/mem": "Input/output error",
+        f"/read {'n' * 300}": "too long",
     }  # fmt: skip
     out, err = chat(cli, *lines)
     messages = err.split("Prompt: ")[1:]
@@ -493,6 +497,47 @@ def test_keys(model, tmp_path):
     with pytest.raises(pexpect.EOF):
         child.expect("nothing more")
     assert "Traceback" not in child.before
+
+
+def test_hasty_ctrl_c(model, tmp_path):
+    """Catches a Ctrl-C that interrupts prompt_toolkit while it starts or ends, or what handles the
+    Ctrl-C before it: a traceback, or the end of the session."""
+    child = Terminal("chat", "-n", 1_000_000, XDG_STATE_HOME=str(tmp_path))
+    for _ in range(5):
+        child.expect("Prompt:")
+        child.send("run\r")
+        child.expect("Response: run....")
+        for _ in range(20):
+            child.send("\x03")
+            time.sleep(0.002)
+    child.expect("Prompt:")
+    child.press("/show\r", "repetition-penalty")
+    child.expect("Prompt:")
+    child.send("\x04")
+    assert child.end() == 0
+
+
+def test_ctrl_c_while_another_is_handled(model, cli, monkeypatch):
+    """The same without a terminal, at the worst moment."""
+    lines = iter(["", "the"])
+    log = anexagpt.log
+
+    def read_line():
+        line = next(lines, "quit")
+        if not line:
+            signal.raise_signal(signal.SIGINT)
+        return line
+
+    def log_and_press(text="", *rest):
+        log(text, *rest)
+        if "to leave" in text:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(anexagpt, "read_line", read_line)
+    monkeypatch.setattr(anexagpt, "log", log_and_press)
+    result = cli("chat", "-n", 0)
+    assert result.status == 0 and result.out == "the\n" and "to leave" in result.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_menu_of_completions(model, tmp_path):

@@ -502,6 +502,12 @@ def test_push_errors(trained, hub, cli, dead, monkeypatch):
         assert result.is_error("me/tiny: not uploaded", str(hub.status), *fixes), result
         assert TOKEN not in result.err
     hub.status = 200
+    for character in "\x0b\x0c":  # which no header may have
+        monkeypatch.setenv("HF_TOKEN", f"{TOKEN}{character}x")
+        result = cli("push", "me/tiny", *model)
+        assert result.is_error("me/tiny: not uploaded", "header"), result
+        assert TOKEN not in result.err
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("a/b/c", "me/-tiny-", "me/ti ny", ""):
         assert cli("push", name, *model).is_error(f"{name}: must be USER/NAME")
     result = cli("push", "user:secret@huggingface.co/me/x", *model)

@@ -118,6 +118,9 @@ def test_not_a_model(tiny, cli, monkeypatch):
         refused(cli, path)
     safetensors.torch.save_file({"wte.weight": torch.zeros(3, 4)}, path, dict(format="pt"))
     refused(cli, path, "format_version")
+    path.write_bytes(content)
+    os.truncate(path, 1 << 43)  # takes no room on the disk
+    refused(cli, path, "not those of its config")
     os.mkfifo("pipe")
     for name in ("pipe", ".", "/dev/zero"):
         refused(cli, name)

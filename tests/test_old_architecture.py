@@ -219,6 +219,9 @@ def test_model_file_equals_safetensors(tiny, tmp_path, monkeypatch):
         assert json.loads(file.metadata()["characters"]) == characters
     assert old.load_model(path) == (config, characters, state_dict)
     before = path.read_bytes()
+    other = old.save_model(path, config, state_dict, {})  # another program has made the first
+    assert other.name == "new-m.safetensors" and path.read_bytes() == before
+    other.unlink()
     monkeypatch.setattr(old.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         old.save_model(path, config, state_dict, {})
@@ -349,6 +352,7 @@ def test_greedy_text_equals_the_script(which, tiny, trained, tmp_path, cli):
         ("--data some.txt --max-steps 1 --learning-rate 1e39", "lower --learning-rate"),
         ("--data some.txt --max-steps 1 --out some.txt", "some.txt: exists"),
         ("--data some.txt --max-steps 1 --out .", ".: exists"),
+        ("--data some.txt --max-steps 1 --out dangling", "dangling: exists"),
         ("\x1b[31mred", "\\x1b[31mred"),
     ],
 )
@@ -357,10 +361,32 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(args, words, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9" * 9)
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "some.txt").write_text("the cat sat on the mat. " * 20)
+    (tmp_path / "dangling").symlink_to("nowhere")
     done = run(*args.split(), cwd=tmp_path)
     assert done.status == 2 and done.out == "" and "Traceback" not in done.err
     assert words in done.err.splitlines()[-1] and done.err.count("\n") <= 4
     assert "\x1b" not in done.err and (tmp_path / "some.txt").stat().st_size == 480
+
+
+def test_huge_files(tiny, tmp_path):
+    """Catches a MemoryError of a file that is larger than the memory: a traceback."""
+    (tmp_path / "m.safetensors").write_bytes(tiny.read_bytes())
+    for name in ("m.safetensors", "t.txt"):
+        with open(tmp_path / name, "ab") as file:
+            file.truncate(1 << 43)  # takes no room on the disk
+    done = run("--model", "m.safetensors", cwd=tmp_path)
+    assert done.status == 2 and "not a whole model" in done.err, done.err
+    done = run("--data", "t.txt", cwd=tmp_path)
+    assert done.status == 2 and "py: out of memory; use a smaller" in done.err, done.err
+
+
+def test_run_whose_messages_nobody_reads(tmp_path):
+    """Catches a run that dies with the reader of its messages, as in 2>&1 | head -2."""
+    (tmp_path / "some.txt").write_text("the cat sat on the mat. " * 20)
+    program = f"'{sys.executable}' '{PROGRAM}' --data some.txt --max-steps 30 --block-size 8"
+    command = f"{program} --n-embd 4 --out m.safetensors 2>/dev/full </dev/null"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 0 and old.load_model(tmp_path / "m.safetensors")
 
 
 def test_terminal(tiny, tmp_path):
