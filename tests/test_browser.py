@@ -317,9 +317,18 @@ SPOILT = {  # name: what makes it of a good file, and a part of the page's reaso
     "one byte more": (lambda f: f + b"\0", "too many"),
     "not UTF-8": (lambda f: f[:9] + b"\xff" + f[10:], "header is not JSON"),
     "a list": (lambda f: join_file([1, 2]), "no metadata"),
-    "deep": (lambda f: join_file(b"[" * 200_000 + b"]" * 200_000), "metadata"),
+    "deep": (lambda f: join_file(b"[" * 200_000 + b"]" * 200_000), "header is not JSON"),
     "version": (lambda f: changed(f, format_version=MARKUP), "format_version is <img src=x"),
     "history": (lambda f: changed(f, history="[[2, 1, 1], [1, 1, 1]]"), "history is malformed"),
+    "step": (lambda f: changed(f, step="1000000000000000"), "step is not of the right type"),
+    "infinite": (lambda f: changed(f, training='{"a": [-1e999]}'), "training is not JSON"),
+    "no number": (lambda f: field(f, "training", max_steps=None), "max_steps is out of range"),
+    "more data": (lambda f: field(f, "data", more=0), "or more than these"),
+    "large header": (lambda f: padded(f, 8_388_609), "impossible length"),
+    "dtype": (lambda f: tensor(renamed(f, "ema."), "loss_sum", dtype="F4"), "impossible dtype"),
+    "sizes": (lambda f: tensor(renamed(f, "ema."), "loss_sum", shape=[-1, 0]), "impossible"),
+    "places": (lambda f: changed(f, "ln_f.bias", data_offsets=[0, 64, 64]), "impossible dtype"),
+    "null": (lambda f: tensor(renamed(f, "ema."), "loss_sum", shape=None), "impossible"),
     "future": (lambda f: changed(f, history="[[151, 1, 1]]"), "history is malformed"),
     "max_steps": (lambda f: field(f, "training", max_steps=10**8 + 1), "max_steps is out of range"),
     "init": (lambda f: field(f, "training", init=5), "init is not"),
@@ -336,9 +345,10 @@ SPOILT = {  # name: what makes it of a good file, and a part of the page's reaso
     "order": (lambda f: changed(f, characters='"\\ufffdba"'), "in order"),
     "surrogate": (lambda f: changed(f, characters='"\\ufffdab\\ud800"'), "in order"),
     "vocabulary": (lambda f: changed(f, characters='"\\ufffdab"'), "3 characters"),
-    "shape": (lambda f: changed(f, "wte.weight", shape=[16, 99]), "wte.weight is missing"),
+    "shape": (lambda f: changed(f, "wte.weight", shape=[16, 99]), "wte.weight has an impossible"),
+    "transposed": (lambda f: transposed(f, "wte.weight"), "wte.weight is missing"),
     "overlap": (lambda f: changed(f, "ln_f.bias", data_offsets=[0, 64]), "overlap"),
-    "offsets": (lambda f: changed(f, "ln_f.bias", data_offsets=MARKUP), "impossible data_offsets"),
+    "offsets": (lambda f: changed(f, "ln_f.bias", data_offsets=MARKUP), "ln_f.bias has an"),
     "not finite": (lambda f: f[:-4] + struct.pack("<f", float("nan")), "not finite"),
     "overflow": (lambda f: f[:-4] + struct.pack("<f", 1e30), "not finite"),
 }  # fmt: skip
@@ -353,6 +363,8 @@ UNUSUAL = {  # what both open
     "old": lambda f: changed(f, config=json.dumps(shape_without_dropout(f))),
     "checkpoint": lambda f: changed(renamed(f, "best."), format="checkpoint"),
     "young checkpoint": lambda f: tensor(renamed(f, "ema."), "loss_sum"),
+    "another dtype": lambda f: tensor(renamed(f, "ema."), "loss_sum", dtype="F64"),
+    "large header": lambda f: padded(f, 8_388_608),
 }  # fmt: skip
 
 
@@ -367,11 +379,23 @@ def shape_without_dropout(content: bytes) -> dict:
     return {name: value for name, value in config.items() if name != "dropout"}
 
 
-def tensor(content: bytes, name: str) -> bytes:
+def tensor(content: bytes, name: str, dtype="F32", shape=(0,)) -> bytes:
     """A model file with one more tensor, an empty one at its end."""
     header, data = split_file(content)
-    header[name] = dict(dtype="F32", shape=[0], data_offsets=[len(data), len(data)])
+    header[name] = dict(dtype=dtype, shape=shape, data_offsets=[len(data), len(data)])
     return join_file(header, data)
+
+
+def transposed(content: bytes, name: str) -> bytes:
+    header, data = split_file(content)
+    header[name]["shape"].reverse()
+    return join_file(header, data)
+
+
+def padded(content: bytes, n: int) -> bytes:
+    """A model file whose header has n bytes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return struct.pack("<Q", n) + content[8:end].ljust(n) + content[end:]
 
 
 def renamed(content: bytes, prefix: str) -> bytes:
@@ -383,7 +407,11 @@ def renamed(content: bytes, prefix: str) -> bytes:
 
 def test_unusual_files(page, tiny, tmp_path):
     """Catches a file that the script opens and the page refuses."""
-    for case, change in UNUSUAL.items():
+    path = random_model(tiny, tmp_path / "m.safetensors", "abc", block_size=256).path
+    shape = json.loads(split_file(path.read_bytes())[0]["__metadata__"]["config"])
+    del shape["block_size"]  # has a default
+    defaults = changed(path.read_bytes(), config=json.dumps(shape))
+    for case, change in [*UNUSUAL.items(), ("defaults", lambda f: defaults)]:
         content = change(tiny.read_bytes())
         (tmp_path / "model.safetensors").write_bytes(content)
         anexagpt.load(tmp_path / "model.safetensors")
@@ -431,6 +459,26 @@ def test_spoilt_file_beside_a_model(page, tiny, tmp_path, case):
     assert "in percent" in settled(page) and page.is_visible("#error")
     page.click("#undo")
     assert not page.is_visible("#error")
+
+
+def test_two_files_at_once(page, tiny, tmp_path):
+    """Catches a model that the worker uses and the page does not: read while a bad file came."""
+    other = random_model(tiny, tmp_path / "other.safetensors", "abcdefg").path
+    load(page, tiny)
+    page.evaluate(
+        """async ([bytes]) => {
+            openModel(new File([Uint8Array.from(bytes)], "other.safetensors"));
+            const end = performance.now() + 300; // the answer waits
+            while (performance.now() < end);
+            await openModel(new File(["x"], "bad"));
+        }""",
+        [[*other.read_bytes()]],
+    )
+    assert page.is_visible("#error")
+    page.fill("#text", "the dog")
+    settled(page)
+    n = page.evaluate("[look.logits.length, model.config.vocab_size]")
+    assert n[0] == n[1]
 
 
 def test_markup_in_a_good_file(page, tiny):
@@ -719,6 +767,24 @@ def test_undo_of_quick_changes(page, tiny):
     assert box.input_value() == "the cat"
 
 
+def test_undo_of_what_is_no_change_or_one(page, tiny):
+    """Catches two changes where a selection is dragged, and one where nothing is written."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw")
+    script = """(steps) => steps.forEach(([value, inputType]) => {
+        $("text").value = value;
+        $("text").dispatchEvent(new InputEvent("input", { inputType, bubbles: true }));
+    })"""
+    page.evaluate(script, [["dog saw", "deleteByDrag"], ["dog sawthe ", "insertFromDrop"]])
+    page.click("#undo")
+    assert page.input_value("#text") == "the dog saw"
+    page.fill("#set-max_new", "0")
+    page.click("#go")
+    page.wait_for_function("() => mode === 'idle'")
+    page.press("#text", "Control+y")
+    assert page.input_value("#text") == "dog sawthe "
+
+
 def test_text_when_another_model_is_opened(page, tiny, tmp_path):
     """Catches a text that is lost: to a link that is followed again, to a smaller vocabulary."""
     small = random_model(tiny, tmp_path / "small.safetensors", "abcdefg").path
@@ -805,6 +871,19 @@ def test_input_method(page, tiny):
     assert page.evaluate("decode(text.ids)") == page.input_value("#text") == "the dog"
 
 
+def test_input_method_over_a_selection(page, tiny):
+    """Catches an exception where what is composed, and not known, is shorter than the selection."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw")
+    page.focus("#text")
+    page.keyboard.press("Shift+Home")
+    typing = page.context.new_cdp_session(page)
+    typing.send("Input.imeSetComposition", dict(text="か", selectionStart=1, selectionEnd=1))
+    page.evaluate("draw()")
+    typing.send("Input.imeSetComposition", dict(text="", selectionStart=0, selectionEnd=0))
+    assert settled(page) and page.input_value("#text") == ""
+
+
 def test_text_of_astral_characters(page, tiny, tmp_path):
     """Catches half of a text that is cut off, since each of its characters has two units."""
     path = random_model(tiny, tmp_path / "m.safetensors", "\U0001f600\U0001f601a").path
@@ -843,6 +922,23 @@ def test_focus_and_selection_while_it_writes(page, tiny):
     assert page.evaluate("[$('text').selectionStart, $('text').selectionEnd]") == [0, 3]
     assert not page.evaluate("run.moved")
     page.keyboard.press("Escape")
+
+
+def test_focus_in_the_views(page, tiny):
+    """Catches a head or a button of a view that loses the focus while the view is made anew."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw the cat")
+    page.evaluate("typing = {}")  # what follows is another change
+    page.fill("#text", "the dog saw the cat and the dog")
+    see(page, "inside")
+    page.focus("#head-1")
+    page.keyboard.press("Control+z")
+    page.wait_for_function("() => document.activeElement.id === 'head-1'")
+    see(page, "surprise")
+    page.focus("#worst-5")
+    page.evaluate("setText([...text.ids, ...text.ids, ...text.ids]), update()")
+    settled(page)
+    assert page.evaluate("document.activeElement.id") == "worst-5"
 
 
 def test_long_text_while_it_writes(page, tiny):
@@ -941,6 +1037,23 @@ def test_no_worker(chromium, worker):
         tab.goto(PAGE.as_uri())
         tab.wait_for_selector("#error:visible")
         assert "Worker" in tab.inner_text("#error")
+
+
+def test_refusal_of_a_value_ends(page, tiny):
+    """Catches a message about a value that stays beside a good one."""
+    load(page, tiny)
+    for key in ("Defaults", "ArrowUp", "fill"):
+        page.fill("#set-top_p", "5")
+        assert "must be a number from 0 to 1" in page.inner_text("#status")
+        page.focus("#text")  # the box has a good value again; the message says why
+        assert page.input_value("#set-top_p") == "1" and page.inner_text("#status")
+        if key == "Defaults":
+            page.click("#defaults")
+        elif key == "fill":
+            page.fill("#set-top_p", "0.5")
+        else:
+            page.press("#set-temperature", key)
+        assert page.inner_text("#status") == ""
 
 
 def test_number_boxes(page, tiny):
