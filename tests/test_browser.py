@@ -992,6 +992,25 @@ def test_odd_links(page, tiny):
     assert page.get_attribute("#set-temperature", "aria-invalid") == "false"
 
 
+@pytest.mark.parametrize("is_good", [True, False])
+def test_link_while_a_model_is_opened(page, tiny, is_good):
+    """Catches a link that is lost, or becomes a part of the text."""
+    load(page, tiny)
+    page.fill("#text", "the cat")
+    page.evaluate(
+        """([bytes]) => {
+            openModel(new File([Uint8Array.from(bytes)], "other.safetensors"));
+            const clipboardData = new DataTransfer();
+            clipboardData.setData("text/plain", "x.html#prompt=the+dog&max_new=3");
+            const paste = { clipboardData, bubbles: true, cancelable: true };
+            window.isTaken = !$("text").dispatchEvent(new ClipboardEvent("paste", paste));
+        }""",
+        [[*tiny.read_bytes()] if is_good else []],
+    )
+    page.wait_for_function("() => mode === 'idle' && text.ids.length === 10")
+    assert page.input_value("#text").startswith("the dog") and page.evaluate("isTaken")
+
+
 def test_paste_and_drop(page, tiny):
     """Catches a picture that is opened as a model, and a text that is swallowed."""
     load(page, tiny)
