@@ -820,6 +820,17 @@ def test_caret_stays_in_sight(page, tiny):
     assert page.evaluate(hidden) < 60 and page.evaluate("$('text').scrollTop") == 0
 
 
+def test_begin_and_end_are_in_sight(page, tiny):
+    """Catches a caret out of sight where the browser moves it, but does not scroll: Firefox."""
+    load(page, tiny)
+    page.fill("#text", "the dog saw the cat. " * 300)
+    settled(page)
+    for key, sign in (("End", ">"), ("Home", "===")):
+        event = f"new KeyboardEvent('keydown', {{ key: '{key}', ctrlKey: true }})"
+        page.evaluate(f"$('paper').scrollTop = 300, $('text').dispatchEvent({event})")
+        page.wait_for_function(f"() => $('paper').scrollTop {sign} {300 if sign == '>' else 0}")
+
+
 def test_what_is_written_and_chosen_is_in_sight(page, tiny):
     """Catches a text that is continued below what can be seen, and a surprising character that a
     click on it leaves there."""
@@ -1222,7 +1233,10 @@ def test_forced_colors(page, tiny):
     tabs = page.locator(".tabs label").all()
     colors = [tab.evaluate(script, "borderBottomColor") for tab in tabs]
     assert colors[0] != canvas and colors[1:] == [canvas, canvas]
-    assert page.evaluate("getComputedStyle($('paper')).getPropertyValue('--quiet')") == "CanvasText"
+    names = (
+        "['--quiet', '--accent'].map((name) => getComputedStyle($('paper')).getPropertyValue(name))"
+    )
+    assert page.evaluate(names) == ["CanvasText", "LinkText"]  # which can be read on Canvas
     for part in ("#go", "#text", "#mirror"):  # else the browser paints over its text or its marks
         adjust = page.locator(part).evaluate("(node) => getComputedStyle(node).forcedColorAdjust")
         assert adjust == "none"
