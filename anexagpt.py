@@ -2996,6 +2996,8 @@ class ProgressDisplay:
 
     def summary(self, model: Model) -> None:
         """Report a finished run."""
+        if self.is_live:
+            self.show()  # what follows may be shorter than the live line
         t = self.trainer
         lowest = min(row.validation_loss for row in t.history)
         if t.cfg.init and t.best_loss < lowest - 1e-6:  # which is rounded
@@ -3186,7 +3188,7 @@ def check_settings(settings: dict) -> dict:
     size = settings.pop("size", None)
     known = [f.name for cls in (GPTConfig, TrainConfig) for f in fields(cls) if f.metadata["help"]]
     for name, value in settings.items():
-        require(name in known, f"`{name}`: unknown; choose from {', '.join(known)}")
+        require(name in known, f"`{name}`: unknown; choose from {', '.join(['size', *known])}")
         cls = TrainConfig if name in TrainConfig.__dataclass_fields__ else GPTConfig
         settings[name] = cls.check(name, value)
     if size is not None:
@@ -3410,18 +3412,19 @@ def training_lock(out: Path) -> Iterator[None]:
     # The file stays: if it went, a second process could lock another one of its name.
     path = out.with_name(f".{out.name}.lock")
     lock = filelock.FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
-    wait = "wait, or choose another folder"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         is_taken = os.path.exists(lock.lock_file)  # else it could not be created
-        reason = "another process trains it" if is_taken else "cannot be written"
-        raise UserError(f"`out={out}`: {reason}; {wait}") from None
+        message = "cannot be written; choose another folder"
+        if is_taken:
+            message = "another process trains it; wait, or choose another name"
+        raise UserError(f"`out={out}`: {message}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             reason = f"cannot be written ({save_error(error)})"
-            raise UserError(f"`out={out}`: {reason}; {wait}") from None
+            raise UserError(f"`out={out}`: {reason}; choose another folder") from None
         note_once(f"no file locks in {out.parent}: do not train {out.name} in two processes")
     try:
         yield
@@ -3975,6 +3978,7 @@ class Chat:
     def read(self, file: str) -> None:
         path = user_path(file)
         shown = missing_name(file)
+        require(not path.is_dir(), f"/read {shown}: is a folder; name a text file in it")
         require(path.is_file(), f"/read {shown}: no such file; check the spelling")  # no pipe
         try:
             text = "".join(read_texts([Source(path, "utf-8")]))

@@ -454,9 +454,9 @@ def draw_spectrum(picture: Picture, left: float, title: str, values: list, color
     width = 300 / len(values)
     picture.text(left, 30, title, extra=BOLD)
     picture.text(left - 30, 52, "singular value", GREY)
-    picture.grid(left, left + 300, {tick: 190 - 120 * tick for tick in (0, 0.5, 1)})
+    picture.grid(left, left + 300, {tick: 190 - 85 * tick for tick in (0, 0.5, 1)})
     for i, s in enumerate(values):
-        picture.box(left + width * i, 190 - 120 * s, width, 120 * s, color)
+        picture.box(left + width * i, 190 - 85 * s, width, 85 * s, color)
     picture.text(left, 214, f"all {len(values)} singular values, largest first", GREY)
 
 

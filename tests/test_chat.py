@@ -367,7 +367,7 @@ def test_lines_that_are_not_for_the_model(model, cli):
         "/xyzzy": "/help", "/": "/help", "/respond x": "unknown", "/__init__ x": "unknown",
         "/attn x": "layer x: must be from 1 to 2", "/attn 1 3": "head 3: must be from 1 to 2",
         "/regen": "nothing to continue", "/more": "nothing to continue", "/why": "no answer",
-        "/read": "usage: /read FILE", "/read /": "no such file", "/model": "usage",
+        "/read": "usage: /read FILE", "/read /": "is a folder", "/model": "usage",
         "/model no.safetensors": "no such file", "/read model.safetensors": "save it as such)",
         "/model model.safetensors/x": "no such file", "/model /proc/self/mem": "Input/output error",
         f"/read {'n' * 300}": "too long",

@@ -321,7 +321,7 @@ def test_two_processes(cli):
         assert Fork("train", *OPTIONS).result().status == -signal.SIGKILL
     with at_step(9, second):
         assert cli("train", *OPTIONS, "--quiet").status == 0
-    failed(results[0], "--out model.safetensors", "another process")
+    failed(results[0], "--out model.safetensors", "another process", "another name")
     assert results[1].status == 0
     assert names() == {"prose.txt", "model.safetensors", "other.safetensors"}
 

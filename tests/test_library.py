@@ -126,7 +126,7 @@ WRONG = [
     (dict(max_steps=0), "`max_steps=0`: must be a whole number from 1"),
     (dict(max_steps=True), "`max_steps=True`"),
     (dict(max_steps="3"), "`max_steps='3'`: must be a whole number"),
-    (dict(max_step=5), "`max_step`: unknown; choose from .*max_steps"),
+    (dict(max_step=5), "`max_step`: unknown; choose from size, .*max_steps"),
     (dict(vocab_size=5), "`vocab_size`: unknown"),
     (dict(size="tiny"), "`size=tiny`: must be one of small, medium, large"),
     (dict(dtype="float16"), "`dtype=float16`"),

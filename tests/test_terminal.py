@@ -221,6 +221,16 @@ def test_progress_on_a_terminal_of_60_columns(tmp_path, monkeypatch):
     assert reached > 0 and not Path("model.safetensors").exists()
 
 
+def test_chart_over_the_live_line(tmp_path, monkeypatch):
+    """Catches remains of the progress in the first row of the chart, which is shorter."""
+    monkeypatch.chdir(tmp_path)
+    Path("prose.txt").write_text(prose(), encoding="utf-8")
+    steps = ["--max-steps", 20, "--eval-interval", 5]
+    child = Terminal("train", "prose.txt", *TINY, *steps, columns=60)
+    assert child.end() == 0
+    assert re.search(r"[\r\n] {59}\r +\d\.\d{3} \|", child.before), child.before
+
+
 def test_progress_of_an_evaluation(tiny, tmp_path, monkeypatch):
     """Catches minutes of silence over a large text, and a bar that stays."""
     monkeypatch.chdir(tmp_path)
