@@ -4105,7 +4105,7 @@ def prompt_reader(interrupt: OneInterrupt) -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if not is_terminal or os.environ.get("TERM") == "dumb":
-        return interrupt(read_prompt)
+        return interrupt(read_prompt)  # there Ctrl-C is a signal
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
