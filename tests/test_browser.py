@@ -1305,9 +1305,16 @@ def test_most_telling_head(page, large_logits):
     }"""
     assert page.evaluate(script) == 1
     other = (first + 1) % 6
-    page.locator(".map").nth(other).click()
+    page.locator(".maps label").nth(other).click()
     assert f"block {other // 2 + 1}, head {other % 2 + 1} looks" in see(page, "inside")
     assert page.evaluate("document.activeElement.id") == f"head-{other}"
+    script = """() => { // of three heads, two in a row, each looks back more strongly
+        look = { width: 2, maps: Float32Array.of(1, 0, 0, 1, 1, 0, 0.3, 0.7, 1, 0, 1, 0) };
+        const { data, width } = headMaps([0, 1, 2], 2).getContext("2d").getImageData(0, 0, 4, 4);
+        return [[0, 1], [2, 1], [0, 3], [2, 3]].map(([x, y]) => data[4 * (y * width + x) + 3]);
+    }"""
+    first, second, third, none = page.evaluate(script)
+    assert 0 < first < second < third == 255 and none == 0
 
 
 def test_share(chromium, page, tiny, tmp_path):
