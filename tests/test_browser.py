@@ -836,6 +836,15 @@ def test_begin_and_end_are_in_sight(page, tiny):
     assert page.evaluate(press, "Home") == 0
     end = page.evaluate("$('paper').scrollHeight - $('paper').clientHeight")
     assert end > 300 and page.evaluate(press, "End") == pytest.approx(end, abs=1)
+    script = """(key) => {
+        const event = new KeyboardEvent("keydown", { key, cancelable: true });
+        return [$("text").dispatchEvent(event), $("paper").scrollTop];
+    }"""
+    height = page.evaluate("$('paper').clientHeight")
+    assert page.evaluate(script, "PageDown") == [True, end]  # nothing to scroll: the browser may
+    is_left, top = page.evaluate(script, "PageUp")
+    assert not is_left and end - height < top < end - height / 2
+    assert page.evaluate(script, "PageDown") == [False, end]
 
 
 def test_what_is_written_and_chosen_is_in_sight(page, tiny):
