@@ -654,6 +654,10 @@ def test_colors_of_what_is_on_the_screen(page, tiny):
     assert page.evaluate(colored)[1] >= page.evaluate(on_screen)[1] > seen_end
     page.pdf()  # it prints the whole text
     assert page.evaluate(colored) == [0, page.evaluate("text.ids.length")]
+    page.emulate_media(media="print")  # a text area is not broken between pages as its copy is
+    printed = "[$('text').offsetHeight, getComputedStyle($('mirror')).color]"
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert page.evaluate(printed) == [0, ink]
 
 
 def test_copy_of_the_text(page, tiny):
