@@ -500,7 +500,10 @@ SOURCES = {
     },
     "export": {"16 0.8 0.9 1.1": "Ollama's defaults; half precision"},
     "faq": {"0.5 13 100 2,570 100,000": "a suggestion; ratios of the sizes; limits"},
-    "idea": {"2.4": "a logarithm of what the block computes"},
+    "idea": {
+        "2.4": "a logarithm of what the block computes",
+        "1.25 1.26": "benchmarks.md, runs in float32",
+    },
     "journey": {"6.18": "test_journey_is_true"},
     "new_architecture": {
         "88 1.41 4.24 2.12 6.4": "the worked example, which a block computes; 50,257 * 128",
@@ -508,13 +511,15 @@ SOURCES = {
         "20,000": "Trainer",
     },
     "old_architecture": {
-        "1.3 3.11 3.13 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py"
+        "1.3 3.11 3.13 40 29 28.9 29.5 6.4 43 180": "tests/benchmarks/old_architecture.py",
+        "0.85 0.99": "Adam",
     },
     "reading": {
         "1 8 60 300 1.26 1.82 1.86 1.90 2.12 2.29 2.41 2.51 3.08 2,000 0.01 600": "runs in float32"
     },
     "training": {
-        "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve"
+        "0.0001 25,600 1.33 1.25 25 1.5 16": "muon, below; Trainer; benchmarks.md; resolve",
+        "0.9 0.58": "Trainer.init_optimizers; the root of 128 / 384",
     },
     "troubleshooting": {
         "3.10 2.9 2.13 2.14": "versions of Python and PyTorch",
