@@ -493,19 +493,19 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         cache: KVCache | None = None,
-        context: int | None = None,
+        context_length: int | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) of the character after each of `ids` (B, T), which follow the `cache`.
 
-        context: cut the texts into pieces of that many characters, which do not see each other:
-            (B * T / context, context, V)
+        context_length: cut the texts into pieces of that many characters, which do not see each
+            other: (B * T / context_length, context_length, V)
         last_only: only the logits after the last of the ids: (B, 1, V)
         """
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
-        if context is not None:
-            x = x.reshape(-1, context, x.shape[-1])  # (B * T / context, context, C)
+        if context_length is not None:  # (B * T / context_length, context_length, C)
+            x = x.reshape(-1, context_length, x.shape[-1])
         for block in self.h:
             x = block(x, cache)
         if cache is not None:
@@ -518,7 +518,7 @@ class GPT(nn.Module):
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over `targets` (B, T); the unknown character does not count.
 
-    logits: (B, T, V), or in the same order cut into pieces; see `context` in GPT.forward
+    logits: (B, T, V), or in the same order cut into pieces; see GPT.forward
     """
     logits = logits.flatten(0, 1).float()  # (B * T, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=0, reduction="sum")
@@ -820,8 +820,8 @@ class Trainer:
         self.train_ids, val_ids = split_ids(corpus.ids)
         T = config.block_size
         is_enough = len(self.train_ids) > 2 * T and len(val_ids) > 1
-        n = f"{corpus.info}: {len(corpus.ids):,} characters"
-        require(is_enough, f"{n} are too few for `block_size={T}`; take a longer text")
+        found = f"{corpus.info}: {len(corpus.ids):,} characters"
+        require(is_enough, f"{found} are too few for `block_size={T}`; take a longer text")
         self.cfg = cfg = resolve(cfg, config, len(self.train_ids), self.device.type, dtype)
         # About a tenth of the time: a character costs a third of what it costs in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
@@ -841,7 +841,7 @@ class Trainer:
         self.best_loss = math.inf
 
         # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
-        self.context = T  # see context_length
+        self.context_length = T
         self.is_muon_update = True  # see Muon
         self.batch = torch.zeros(cfg.batch_size, T + 1, dtype=torch.long, device=self.device)
         self.n_targets = torch.ones((), device=self.device)
@@ -874,10 +874,8 @@ class Trainer:
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
 
-    # A step is set_inputs(), then update(), which a CUDA graph can replay.
-
     def step(self) -> None:
-        """One optimizer step."""
+        """One optimizer step: its inputs, then what a CUDA graph can replay."""
         self.set_inputs()
         self.update()
         self.steps_done += 1
@@ -891,7 +889,7 @@ class Trainer:
         self.batch.copy_(rows.pin_memory() if is_cuda else rows, non_blocking=is_cuda)
         n_known = torch.count_nonzero(windows[:, 1:])
         self.n_targets.fill_(n_known.clamp(min=1))
-        self.context = context_length(self.steps_done, self.cfg, T)
+        self.context_length = context_length(self.steps_done, self.cfg, T)
         self.is_muon_update = self.steps_done % self.muon.interval == 0
         self.lr_scale.fill_(lr_scale(self.steps_done, self.cfg))
         self.ema_rate.fill_(ema_rate(self.steps_done + 1))
@@ -921,7 +919,7 @@ class Trainer:
             x = part[:, :-1]  # (B / grad_accum, T)
             y = part[:, 1:]  # (B / grad_accum, T), the characters that follow
             with autocast(self.device, self.dtype):
-                logits = self.network(x, context=self.context)  # (..., V)
+                logits = self.network(x, context_length=self.context_length)  # (..., V)
             loss = cross_entropy_sum(self.cfg.logit_scale * logits, y) / self.n_targets
             loss.backward()
             self.step_loss += loss.detach()
@@ -1028,10 +1026,9 @@ class Trainer:
         tensors = {"loss_sum": self.loss_sum}
         for name, momentum in self.muon.momentum.items():
             tensors[f"muon.{name}"] = momentum
-        average = dict(self.ema.named_parameters())
         for name, weight in self.network.named_parameters():
             tensors[f"model.{name}"] = weight
-            tensors[f"ema.{name}"] = average[name]
+            tensors[f"ema.{name}"] = self.ema.get_parameter(name)
             if self.best_weights:
                 tensors[f"best.{name}"] = self.best_weights[name]
             for key, value in self.adamw.state.get(weight, {}).items():
@@ -1344,15 +1341,15 @@ class Model:
             require(known, f"'{printable(prompt[:40])}': the model knows none of these characters")
         return self.tokenizer.encode(known) if known else np.array([1])
 
-    def stream_batch(self, prompt: str, cfg: SampleConfig, texts=range(1)) -> Iterator[list[str]]:
+    def stream_batch(self, prompt: str, cfg: SampleConfig, indices=range(1)) -> Iterator[list[str]]:
         """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
 
         Text i depends only on (seed, i), not on the batch.
         """
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
-        rngs = [np.random.default_rng((seed, i)) for i in texts]
+        rngs = [np.random.default_rng((seed, i)) for i in indices]
         ids = generate_ids(self.network, self.prompt_ids(prompt), cfg, rngs, self.decode)
-        filters = [StopFilter(cfg.stop) for _ in texts]
+        filters = [StopFilter(cfg.stop) for _ in indices]
         for _ in range(cfg.max_new):
             characters = self.tokenizer.decode(next(ids))
             yield [f.push(c) for f, c in zip(filters, characters, strict=True)]
@@ -1877,7 +1874,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     # Rendezvous waits in C++, where Python's handlers do not run: a signal ends the process.
     with handle_signals(signal.SIG_DFL):
         try:
-            store, rank, world_size = next(dist.rendezvous("env://"))
+            store, _, _ = next(dist.rendezvous("env://"))
             # After a failure torchrun's store still has the addresses of dead ranks.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -2100,10 +2097,10 @@ def check_metadata(m: Metadata) -> None:
     is_loss = m.validation_loss is None or is_number(m.validation_loss)
     require(is_loss, "its validation loss is not a number")
     steps = [row.step for row in m.history]
-    require(all(is_number(x) for row in m.history for x in row), "its history is malformed")
-    is_ordered = steps == sorted(set(steps)) and all(type(step) is int for step in steps)
-    is_within = not steps or (steps[0] >= 0 and steps[-1] <= m.step)
-    require(is_ordered and is_within, "its history is malformed")
+    is_history = all(is_number(x) for row in m.history for x in row)
+    is_history = is_history and all(type(step) is int for step in steps)
+    is_history = is_history and all(a < b for a, b in pairwise([-1, *steps, m.step + 1]))
+    require(is_history, "its history is malformed")
 
 
 class SavedFile(NamedTuple):
@@ -2916,7 +2913,7 @@ class ProgressDisplay:
         """Count the time of the step that is over, if it is like most of those to come."""
         t = self.trainer
         is_first = t.steps_done <= self.first_step + 1  # slower
-        is_short = t.context < t.network.config.block_size  # faster; see context_length
+        is_short = t.context_length < t.network.config.block_size  # faster
         # A GPU may still compute: there the time of a single step says nothing.
         if not is_first and not (is_short and t.device.type == "cpu"):
             self.timed_seconds += time.monotonic() - self.step_end
@@ -3333,18 +3330,17 @@ def initial_weights(model: Model, characters: str) -> dict[str, Tensor]:
 
 def check_corpus(corpus: Corpus, block_size: int, can_shrink: bool) -> None:
     """raises: UserError if the text is too short, or broken"""
-    name = str(corpus.info)
     needed = 10 * block_size + 10
     train_ids, val_ids = split_ids(corpus.ids)
     is_text = train_ids[1:].any() and val_ids[1:].any()
     mostly = "mostly U+FFFD, the mark of undecodable characters"
     fix = "save it again, or give its real `encoding`"
-    require(is_text or len(corpus.ids) < needed, f"`data={name}`: {mostly}; {fix}")
+    require(is_text or len(corpus.ids) < needed, f"`data={corpus.info}`: {mostly}; {fix}")
     n = np.count_nonzero(corpus.ids)  # without U+FFFD
     fix = f"training needs {needed:,}, 10 windows; take a longer text"
     if can_shrink:
         fix += " or a smaller `block_size`"
-    require(n >= needed, f"`data={name}`: {n:,} characters, but {fix}")
+    require(n >= needed, f"`data={corpus.info}`: {n:,} characters, but {fix}")
 
 
 class Plan(NamedTuple):
@@ -3416,10 +3412,9 @@ def training_lock(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        is_taken = os.path.exists(lock.lock_file)  # else it could not be created
-        message = "cannot be written; choose another folder"
-        if is_taken:
-            message = "another process trains it; wait, or choose another name"
+        message = "another process trains it; wait, or choose another name"
+        if not path.exists():  # it could not be created
+            message = "cannot be written; choose another folder"
         raise UserError(f"`out={out}`: {message}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
@@ -3574,7 +3569,7 @@ def use_fast_training(trainer: Trainer) -> None:
     if trainer.device.type == "cuda" and not isinstance(trainer, DistributedTrainer):
         # One graph for each length of context, with and without an update of the matrices.
         graphs = defaultdict(partial(CudaGraph, trainer.update))
-        trainer.update = lambda: graphs[trainer.context, trainer.is_muon_update]()
+        trainer.update = lambda: graphs[trainer.context_length, trainer.is_muon_update]()
 
 
 def train(
@@ -3824,8 +3819,8 @@ def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
     prompt = model.tokenizer.decode(model.prompt_ids(prompt)) + text[:n_hidden]
     text = text[n_hidden:]
     surprise = model.surprise(text, prompt)  # (N,)
-    digits = [str(min(9, round(bits)) or "") for bits in surprise.tolist()]
-    styles = [WARM[min(3, int(bits / 2))] for bits in surprise.tolist()]
+    digits = [str(min(9, round(bits)) or "") for bits in surprise]
+    styles = [WARM[min(3, int(bits / 2))] for bits in surprise]
     total = f"{surprise.sum():,.1f} bits, {surprise.mean():.3f} bits/char"
     console.print("Digit = surprise in bits: n means a 1-in-2^n chance")
     console.print(annotate(text, styles, digits, console.width))
@@ -4213,7 +4208,7 @@ of that text:
 
 It imitates one text: it knows no facts, answers no questions, and repeats the views and prejudices
 of that text, sometimes its very sentences. Prompt and answer together have at most
-{m.config.block_size:,} characters; beyond them transformers raises IndexError, and llama.cpp stops.
+{m.config.block_size:,} characters; beyond them transformers raises an error, and llama.cpp stops.
 One token is one of {m.config.vocab_size:,} characters; any other is read as U+FFFD.
 
 ```python
@@ -4304,12 +4299,11 @@ def gguf_entries(model: Model, name: str, half: bool) -> dict:
         merges |= {f"{token[:i]} {token[i]}": None for i in range(1, len(token))}
     types = [gguf.TokenType.NORMAL for _ in tokens]
     types[0] = gguf.TokenType.CONTROL
-    number_types = gguf.LlamaFileType
     return dict(
         name=name, description=f"Anexa {__version__}", context_length=config.block_size,
         embedding_length=config.n_embd, feed_forward_length=4 * config.n_embd,
         block_count=config.n_layer, head_count=config.n_head, layer_norm_eps=1e-5,
-        file_type=number_types.MOSTLY_F16 if half else number_types.ALL_F32,
+        file_type=gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32,
         tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens, token_types=types,
         token_merges=list(merges),
         # Without an end token llama.cpp would take id 11, an ordinary letter.
@@ -4365,7 +4359,7 @@ def export(
     if folder:
         files = hub_files(model, printable(real_path(folder).name), license)
         contents = {folder / name: content for name, content in files.items()}
-    for path in [*contents, *filter(None, [gguf])]:
+    for path in filter(None, [*contents, gguf]):
         require(not path.is_symlink(), f"{path}: is a link; remove it, or choose another name")
     if folder and (folder / MODEL).exists():
         is_trained = "wte.weight" in read_file(folder / MODEL, "choose another folder").tensors
@@ -4490,16 +4484,18 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("export", "words", dict(metavar="FILE", help="folder for transformers; model or GGUF file")),
     ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; and a model file")),
     ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
-    ("run train eval", "--encoding", dict(default="utf-8", metavar="NAME", help="of text files")),
+    ("run train eval", "--encoding",
+     dict(default="utf-8", metavar="NAME", help="of text files (default: utf-8)")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
-    ("run train", "--out", dict(default=Path(MODEL), **FILE, help="model file to write")),
+    ("run train", "--out",
+     dict(default=Path(MODEL), **FILE, help=f"model file to write (default: {MODEL})")),
     ("run train", "--size",
-     dict(default=argparse.SUPPRESS, choices=SIZES, help="0.8, 10.8 or 86 M parameters")),
+     dict(default=argparse.SUPPRESS, choices=SIZES, help="0.8 (default), 10.8 or 86 M parameters")),
     ("run train", "--restart", dict(**FLAG, help="start over; a finished model is renamed")),
     ("run train", "--quiet", dict(**FLAG, help="show no progress")),
     ("run train", "--tensorboard", dict(type=user_path, metavar="DIR", help="folder for its logs")),
     ("chat generate explain eval info export push", "--model",
-     dict(default=Path(MODEL), **FILE, help="model file or checkpoint")),
+     dict(default=Path(MODEL), **FILE, help=f"model or checkpoint (default: {MODEL})")),
     ("run train eval", "--device",
      dict(default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: GPU, else CPU")),
     ("chat generate explain", "--device",
@@ -4509,7 +4505,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
      dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
     ("run train chat generate explain eval", "--plain",
      dict(**FLAG, help="use no fast paths (for learning or bug reports)")),
-    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts to write")),
+    ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts (default: 1)")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(default="", metavar="N", help="for attn (default: the last)")),
     ("explain", "--head", dict(default="", metavar="N", help="for attn (default: mean of all)")),
@@ -4668,11 +4664,11 @@ def cmd_run(args: argparse.Namespace) -> None:
     asked = check_settings(training_settings(args))
     out = args.out
     names = text_names(args.data + args.words or None)
-    is_done = out.exists() and not args.restart
-    if is_done:
+    is_done = False
+    if out.exists() and not args.restart:
         m = read_file(out, "choose another `out`").metadata
-        is_done = not config_diff(asked, m.settings())
-        is_done = is_done and (not names or is_text_of(names, args, m))
+        is_same = not config_diff(asked, m.settings())
+        is_done = is_same and (not names or is_text_of(names, args, m))
     sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training run
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")

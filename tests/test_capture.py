@@ -177,12 +177,14 @@ def test_warm_up_capture_and_replays(monkeypatch):
         ema=make_trainer().ema,
         dtype=torch.float32,
         device=torch.device("cuda"),
-        update=lambda: cuda.events.append(f"eager {trainer.context} {trainer.is_muon_update}"),
+        update=lambda: cuda.events.append(
+            f"eager {trainer.context_length} {trainer.is_muon_update}"
+        ),
     )
     anexagpt.use_fast_training(trainer)
     a, b, c = (16, True), (16, False), (32, True)
     for kind in (a, a, b, c, a, a, a, a, b, b, b, c):
-        trainer.context, trainer.is_muon_update = kind
+        trainer.context_length, trainer.is_muon_update = kind
         trainer.update()
     first = ["eager 16 True"] * 2 + ["eager 16 False", "eager 32 True", "eager 16 True", "capture"]
     then = ["eager 16 False"] * 2 + ["capture", "replay", "eager 32 True"]

@@ -163,7 +163,7 @@ def test_folder(trained, ours, cli):
     assert figures["bits_per_character"] == pytest.approx(loss / 0.693147, abs=1e-4)
     words = [ours.metadata.data.sha256, "sherlock", "b.txt", "a: #'b'@ [\U0001f600.txt"]
     words += ["python anexagpt.py chat", "llama-completion -m model.gguf"]
-    for word in [*words, "max_steps 100", "64 characters", "IndexError", "first.safetensors"]:
+    for word in [*words, "max_steps 100", "64 characters", "raises an error", "first.safetensors"]:
         assert word in " ".join(card.text.split()), word
     for file in folder.iterdir():
         content = file.read_bytes()

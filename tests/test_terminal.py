@@ -302,7 +302,7 @@ def test_time_left(cli, monkeypatch):
     def slow_step(trainer):
         nonlocal now
         step(trainer)
-        now += 0.5 if trainer.context == 64 else 0.25
+        now += 0.5 if trainer.context_length == 64 else 0.25
         now += 60 if trainer.steps_done == 1 else 0
 
     def slow_validate(trainer):

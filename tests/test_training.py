@@ -197,7 +197,7 @@ def test_pieces_see_neither_each_other_nor_other_positions():
         for p in network.parameters():
             p.normal_(std=0.1)
     ids = torch.randint(1, 50, (3, 64))
-    seen = network(ids, context=32)
+    seen = network(ids, context_length=32)
     last = copy.deepcopy(network)
     last.wpe.weight.data = network.wpe.weight.data.roll(-32, 0)
     alone = torch.stack([network(ids[:, :32]), last(ids[:, 32:])], dim=1).flatten(0, 1)
