@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import stat
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -580,3 +581,15 @@ def test_terminals_without_colours_or_cursor(model, tmp_path):
     rows = screen(child.before)
     assert any("█" in row for row in rows) and max(map(cell_len, rows)) <= 50
     assert "\x1b[" in Terminal("explain", "the").read()
+
+
+def test_read_of_a_pipe(model, cli):
+    """Catches a chat that waits for whoever may write into a pipe."""
+    os.mkfifo("pipe")
+    opener = threading.Timer(5, lambda: os.close(os.open("pipe", os.O_RDWR)))
+    opener.daemon = True
+    opener.start()
+    started = time.monotonic()
+    assert "/read pipe: no such file" in cli("chat", stdin="/read pipe\n").err
+    assert time.monotonic() - started < 5
+    opener.cancel()

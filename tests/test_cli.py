@@ -378,6 +378,9 @@ def test_prompt_from_standard_input(model, cli):
     assert cli("explain", "-", stdin="the\ncat\n").out == cli("explain", "the\ncat").out
     result = cli("chat", "-n", 0, stdin="/show\r\nthe\r\nquit\r\n")
     assert result.out == "the\n" and "unknown" not in result.err
+    command = [sys.executable, str(ROOT / "anexagpt.py"), "generate", "-", "-n", "0"]
+    done = subprocess.run(command, input=b"the\xe9 cat\n", capture_output=True)
+    assert done.returncode == 0 and done.stdout.endswith(b" cat\n") and b"dropped" in done.stderr
 
 
 @pytest.mark.parametrize("columns", ["0", "00"])
@@ -502,3 +505,40 @@ def test_broken_files_environments_and_packages(model, cli, monkeypatch):
     model.write_bytes(model.read_bytes()[:-100])
     for command in (["chat"], [], ["generate", "x"], ["info"], ["export", "hf"]):
         assert cli(*command).is_error("model.safetensors", "not a complete model")
+
+
+def test_what_was_read_of_a_prompt(model, cli):
+    """Catches a prompt of which a part is left out without a word."""
+    long = cli("generate", "the cat " * 9, "-n", 1, "--model", model)
+    assert "the last 16 are read" in long.err
+    for view in ("probs", "why", "attn"):
+        assert "dropped \u4f60" in cli("explain", "the\u4f60", "--view", view, "--model", model).err
+
+
+def test_surprise_of_a_long_text(model, cli, monkeypatch):
+    """Catches a part of a text whose characters do not know the part before it."""
+    monkeypatch.setattr(anexagpt, "MAX_VIEW", 20)
+    text = "the cat ran home and the dog saw it"
+    bits = anexagpt.load(model).surprise(text)[-20:].sum()
+    out = cli("explain", text, "--view", "why", "--model", model).out
+    assert f"{bits:,.1f} bits, " in out
+
+
+def test_dtype_of_an_evaluation(model, cli, monkeypatch):
+    """Catches a --dtype that changes nothing."""
+    dtypes = []
+    evaluate = anexagpt.evaluate
+
+    def noted(network, ids, dtype, *rest):
+        dtypes.append(dtype)
+        return evaluate(network, ids, dtype, *rest)
+
+    monkeypatch.setattr(anexagpt, "evaluate", noted)
+    Path("prose.txt").write_text(prose(100))
+    command = ["eval", "prose.txt", "--model", model, "--device", "cpu", "--dtype", "bfloat16"]
+    assert cli(*command).status == 0 and dtypes == [torch.bfloat16]
+
+
+def test_too_little_memory():
+    """Catches an empty message: Python's own MemoryError says nothing."""
+    assert "out of memory" in anexagpt.explain_runtime_error(MemoryError())

@@ -273,3 +273,32 @@ def test_another_rank_that_failed(cli, monkeypatch):
 
     monkeypatch.setattr(anexagpt, "train", fail)
     assert cli("train").is_error("another rank failed; the same command resumes")
+
+
+def test_gpu_of_a_rank(monkeypatch):
+    """Catches the rank among all machines as the number of a GPU of this one, and a CUDA graph,
+    which would leave out the sums over the ranks."""
+    places = dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    for name, value in (places | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")).items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def rendezvous(url):
+        raise ValueError("no")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", rendezvous)
+    with pytest.raises(anexagpt.UserError), anexagpt.init_distributed(torch.device("cuda")):
+        pass
+    assert chosen == [1]
+    trainer = anexagpt.DistributedTrainer(
+        anexagpt.DistributedContext(0, 2),
+        anexagpt.Corpus.from_text(prose(100)),
+        anexagpt.GPTConfig(block_size=8),
+        anexagpt.TrainConfig(max_steps=2),
+    )
+    update = trainer.update
+    trainer.device = torch.device("cuda")
+    anexagpt.use_fast_training(trainer)
+    assert trainer.update == update

@@ -594,3 +594,22 @@ def test_names_that_are_not_utf8(tiny, cli, tmp_path):
     assert result.status == 0
     assert "# hf-\\udcff\n" in (tmp_path / "hf-\udcff" / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "g\udcff.gguf").exists()
+
+
+def test_what_others_are_told(tiny, tmp_path):
+    """Catches another default temperature or dropout in transformers, a language that nobody
+    knows, and matrices in another format than the GGUF file says."""
+    model = anexagpt.load(tiny)
+    model.network.config = dataclasses.replace(model.network.config, dropout=0.3)
+    documents = anexagpt.hub_documents(model)
+    sampling = documents["generation_config.json"]
+    assert sampling["temperature"] == anexagpt.SampleConfig().temperature
+    assert sampling["top_k"] == 0 and sampling["do_sample"] is True
+    config = documents["config.json"]
+    assert [config[f"{name}_pdrop"] for name in ("attn", "embd", "resid")] == [0.0, 0.3, 0.3]
+    assert "language: en" not in anexagpt.model_card(model, "t", "mit")
+    gguf = pytest.importorskip("gguf")
+    for half, kind in ((False, gguf.LlamaFileType.ALL_F32), (True, gguf.LlamaFileType.MOSTLY_F16)):
+        anexagpt.write_gguf(tmp_path / "x.gguf", model, half)
+        fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+        assert fields["general.file_type"].contents() == kind

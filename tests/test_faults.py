@@ -402,3 +402,49 @@ def test_read_only_folder(cli, folder):
     finally:
         for path in paths:
             path.chmod(0o755)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
+def test_disk_that_did_not_take_it(monkeypatch, number):
+    """Catches a file put in place although its bytes may not be on the disk."""
+
+    def fail(fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        anexagpt.flush_to_disk(Path("prose.txt"))
+
+
+def test_time_between_checkpoints(monkeypatch):
+    """Catches a first checkpoint that comes late, and later ones at each step or never."""
+    corpus = anexagpt.Corpus.from_text(Path("prose.txt").read_text())
+    cfg = anexagpt.TrainConfig(checkpoint_interval=60)
+    trainer = anexagpt.Trainer(corpus, anexagpt.GPTConfig(block_size=8), cfg)
+    files = anexagpt.RunFiles(MODEL)
+    monkeypatch.setattr(time, "monotonic", lambda: 1_000.0)
+    files.begin(trainer)
+    assert files.next_save == 1_060
+    files.save_checkpoint(trainer, is_last=False)
+    assert files.next_save == 1_060
+
+
+def test_what_other_users_and_links_keep(tiny):
+    """Catches a lock that the next user of the folder cannot take, and a link that is replaced
+    instead of the file behind it."""
+    umask = os.umask(0o022)
+    try:
+        with anexagpt.training_lock(Path("m.safetensors")):
+            assert os.stat(".m.safetensors.lock").st_mode & 0o777 == 0o666
+    finally:
+        os.umask(umask)
+    Path("real").mkdir()
+    Path("m.safetensors").symlink_to("real/m.safetensors")
+    anexagpt.load(tiny).save("m.safetensors")
+    assert Path("m.safetensors").is_symlink() and anexagpt.load("real/m.safetensors")
+
+
+def test_model_that_is_not_finished(cli):
+    """Catches a message that does not tell of the checkpoint that is there."""
+    stop(cli, 10)
+    assert cli("generate", "the").is_error(f"or use its checkpoint, {CHECKPOINT}")

@@ -278,3 +278,34 @@ def test_settings_against_repetition_look_back_10_000_characters():
         text = np.array([[3, 1, *(2 for _ in range(n - 3)), 3]])  # "3 1" was n characters ago
         allowed = np.isfinite(process_logits(logits, cfg, text))
         assert allowed[0, 1:].sum() == expected
+
+
+def test_top_p_of_equal_ones():
+    """Catches one more than reach the probability together."""
+    cfg = SampleConfig(temperature=1.0, top_p=0.5)
+    kept = np.isfinite(process_logits(np.zeros((1, 4)), cfg, np.zeros((1, 1), int)))
+    assert kept.sum() == 2
+
+
+def test_nothing_is_drawn_after_a_stop_text(model, monkeypatch):
+    """Catches an answer that ends for its reader, and goes on for the computer."""
+    drawn = []
+    ids = model.tokenizer.encode("a cat ran home " * 99)
+    endless = ((drawn.append(i), ids[i : i + 1])[1] for i in range(len(ids)))
+    monkeypatch.setattr(anexagpt, "generate_ids", lambda *_: endless)
+    assert model.generate("a", max_new=1_000, stop="cat") == "a "
+    assert len(drawn) == 5
+
+
+def test_how_far_settings_look_back(model, monkeypatch):
+    """Catches a text that grows without limit while it is written."""
+    monkeypatch.setattr(anexagpt, "MAX_TEXT", 20)
+    lengths = []
+
+    def noted(logits, cfg, rngs, texts):
+        lengths.append(texts.shape[1])
+        return sample(logits, cfg, rngs, texts)
+
+    monkeypatch.setattr(anexagpt, "sample", noted)
+    model.generate("the", max_new=60)
+    assert max(lengths) == 20

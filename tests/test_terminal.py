@@ -392,3 +392,69 @@ def test_chart_of_a_start_far_above():
     for row, *_ in (early[0], early[1], early[2]):
         column = round(row / 1000 * 50)
         assert [line[column : column + 1].strip() for line in rows] == ["x", *[""] * 11]
+
+
+def test_second_signal(monkeypatch):
+    """Catches a second SIGTERM that costs the checkpoint, and a message of each rank."""
+    written = []
+    monkeypatch.setattr(os, "write", lambda fd, words: written.append(words))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        stop = anexagpt.SignalCatcher()
+        assert not stop()
+        stop.handle(signal.SIGTERM, None)
+        stop.first_time -= 5
+        try:
+            stop.handle(signal.SIGTERM, None)
+        except KeyboardInterrupt:
+            pytest.fail("the run is left without its checkpoint")
+        assert stop()
+        assert len(written) == int(rank == "0")
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
+
+
+def test_figures_of_the_progress(cli):
+    """Catches losses in the wrong order, and a wrong size of text or run in the first line."""
+    Path("prose.txt").write_text(prose(700))
+    command = ["train", "prose.txt", *TINY, "--batch-size", 4, "--max-steps", 24]
+    err = cli(*command, "--eval-interval", 8).err
+    history = anexagpt.load("model.safetensors").metadata.history
+    assert re.findall(r"(\d+)/24 train (\S+) val (\S+) ", err) == [
+        (str(row.step), f"{row.training_loss:.3f}", f"{row.validation_loss:.3f}") for row in history
+    ]
+    text = Path("prose.txt").read_text()
+    epochs = 24 * 4 * 16 / (len(text) * 9 // 10)
+    assert f"{len(set(text))} different" in err and f" {epochs:,.1f} epochs" in err
+
+
+@pytest.mark.parametrize("seconds, speed, words", [
+    (4.0, "16", ["takes about 10 hours", "can use its checkpoint"]),
+    (0.5, "128", ["takes about"]),
+    (0.05, "1,280", []),
+])  # fmt: skip
+def test_time_of_a_run(cli, monkeypatch, seconds, speed, words):
+    """Catches a speed in windows, hours that are minutes, and advice for a run of 8 minutes."""
+    Path("prose.txt").write_text(prose(700))
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    step = anexagpt.Trainer.step
+
+    def timed_step(trainer):
+        nonlocal now
+        step(trainer)
+        now += seconds
+
+    monkeypatch.setattr(anexagpt.Trainer, "step", timed_step)
+    command = ["train", "prose.txt", *TINY, "--batch-size", 4, "--max-steps", 9_050]
+    with interrupt_at(60):
+        err = cli(*command, "--checkpoint-interval", 1e9).err
+    assert re.findall(r"([\d,]+) char/s", err) == [speed]
+    assert all(word in err for word in words) and ("takes about" in err) == bool(words)
+
+
+def test_overfitting_means_a_lower_training_loss():
+    """Catches a validation loss that rises with the training loss, as in a run that diverges."""
+    rows = [anexagpt.Evaluation(i, 2.0, 2 + 0.1 * i) for i in range(1, 9)]
+    assert not anexagpt.overfits(rows)
+    assert anexagpt.overfits([row._replace(training_loss=2 - 0.1 * row.step) for row in rows])

@@ -5,9 +5,11 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import io
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import tracemalloc
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from conftest import TINY, Answer, interrupt_at, prose
 from test_faults import Fork, failed, names, weights
 from test_model_file import craft, entry
@@ -797,3 +800,44 @@ def test_surroundings_of_a_byte_near_the_start(cli, at):
     Path("x.txt").write_bytes(b"one line\n" + line + b"\n")
     around = line.decode("ascii", "backslashreplace")[max(0, at - 20) :][: min(at, 20) + 4 + 19]
     assert cli("train", *SMALL, "--data", "x.txt").is_error(f"line 2, near '{around}'")
+
+
+def test_what_a_server_is_asked(server, monkeypatch, tmp_path):
+    """Catches a request that may take for ever, a compressed answer, which would be refused, and
+    the addresses of the mirrors, https, without a limit of size and time."""
+    asked = {}
+    get = requests.Session.get
+
+    def noted(session, url, **options):
+        asked.update(options, adapter=session.get_adapter("https://example.org/"))
+        return get(session, url, **options)
+
+    monkeypatch.setattr(requests.Session, "get", noted)
+    anexagpt.fetch(server.page("/a.txt", Answer(b"a text\n")), tmp_path / "a.txt", "")
+    assert asked["timeout"] == anexagpt.TIMEOUT
+    assert asked["headers"]["Accept-Encoding"] == "identity"
+    assert isinstance(asked["adapter"], anexagpt.MeteredAdapter)
+    assert all(text.ending for text in anexagpt.BUILT_IN.values() if text.mirrors)
+
+
+@pytest.mark.parametrize("kind", ["stdin", "pipe", "url"])
+def test_encoding_of_what_is_no_file(server, monkeypatch, tmp_path, kind):
+    """Catches --encoding that only files obey."""
+    monkeypatch.chdir(tmp_path)
+    content = "caf\xe9 ".encode("cp1252") * 99
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
+    name = "-"
+    if kind == "url":
+        name = server.page("/a.txt", Answer(content))
+    elif kind == "pipe":
+        name = "pipe"
+        os.mkfifo(name)
+        threading.Thread(target=Path(name).write_bytes, args=(content,)).start()
+    assert anexagpt.load_corpus([name], "cp1252").tokenizer.characters == "\ufffd acf\xe9"
+
+
+def test_capital_ending(tmp_path):
+    """Catches a book from Windows that a folder seems not to have."""
+    (tmp_path / "PG1661.TXT").write_text("one")
+    (source,) = anexagpt.find_texts(str(tmp_path), "utf-8")
+    assert source.content == tmp_path / "PG1661.TXT"
