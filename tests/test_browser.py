@@ -62,7 +62,7 @@ def page(tab):
     """The page, just opened. It may have no error and request only itself and its workers."""
     tab.errors.clear()
     tab.requests.clear()
-    tab.emulate_media(color_scheme="light", forced_colors="none")
+    tab.emulate_media(media="screen", color_scheme="light", forced_colors="none")
     tab.set_viewport_size(dict(width=1280, height=800))
     tab.goto("about:blank")
     tab.goto(PAGE.as_uri())
