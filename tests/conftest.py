@@ -211,7 +211,8 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, stdin: str = "") -> Result:
-        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8", newline="\n")  # as Python's
+        content = stdin.encode("utf-8", "surrogateescape")
+        stream = io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="\n")  # as Python's
         monkeypatch.setattr(sys, "stdin", stream)
         capsys.readouterr()
         try:
