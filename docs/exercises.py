@@ -180,7 +180,7 @@ def residual() -> None:
 
 def overfit() -> None:
     """A short text is memorized: validation loss rises while training loss goes on falling."""
-    trainer = make_trainer(TEXT[:2_000], steps=450, eval_interval=45)
+    trainer = make_trainer(TEXT[:2_000], steps=270, eval_interval=45)
     trainer.fit()
     for step, training, validation in trainer.history:
         print(f"step {step:3}: training loss {training:.2f}, validation loss {validation:.2f}")

@@ -167,14 +167,14 @@ def test_second_ctrl_c(cli, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_stop_at_any_line(cli, monkeypatch, count):
     """Catches an instant between the last step and the saved model at which Ctrl-C (once, or twice
-    at once) loses everything. It comes at every twelfth line that the program runs there, the
+    at once) loses everything. It comes at every 17th line that the program runs there, the
     network's own lines and those of generation aside."""
     # Interrupted in its last lines, it goes on watching, also in the tests after this one.
     monkeypatch.setattr(anexagpt, "share_cores", nullcontext)
     source = (ROOT / "anexagpt.py").read_text().splitlines()
     divider = next(i for i, line in enumerate(source) if line.startswith("# ====="))
     done = False
-    for n in range(count, 1_000, 12):
+    for n in range(count, 1_000, 17):
         out, left = Path(f"{n}.safetensors"), n
 
         def trace(frame, event, argument):

@@ -243,7 +243,7 @@ def test_a_changed_attention_is_what_trains(capfd, monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.02)])
 def test_fast_training_equals_plain_training(dtype, tolerance):
     """Catches a fast path that trains another model."""
-    settings = dict(device="cpu", dtype=dtype, progress=False, max_steps=30, seed=2, **SHAPE)
+    settings = dict(device="cpu", dtype=dtype, progress=False, max_steps=12, seed=2, **SHAPE)
     fast, plain = (anexagpt.train(text=prose(400), plain=p, **settings) for p in (False, True))
     assert fast.metadata.validation_loss == pytest.approx(
         plain.metadata.validation_loss, abs=tolerance

@@ -212,9 +212,9 @@ def test_hostile_strings(tiny, cli):
 def test_fuzz():
     """Catches spoilt files that end in a traceback, a hang, or a message that is not one line. Its
     long form is tests/benchmarks/fuzz.py."""
-    counts = fuzz.fuzz(120)
+    counts = fuzz.fuzz(80)
     for reader in fuzz.READERS:
-        assert counts[f"{reader} refused"] > 9 and counts[f"{reader} used"]
+        assert counts[f"{reader} refused"] > 5 and counts[f"{reader} used"]
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
