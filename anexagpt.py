@@ -27,25 +27,25 @@ The file reads from top to bottom. The first part is a complete GPT on its own:
     network       GPT-2's decoder, with an optional KV cache
     optimizer     learning rate, Muon, the average of the weights
     training      batches, loss, evaluation, Trainer.step() and Trainer.fit()
-    generation    sampling settings, generate() without a cache, prefill() and decode() with it
+    generation    sampling settings, generate() without a cache, prefill() and decode() with one
     Model         network, tokenizer and metadata: what a user holds
 
 The second part connects it to the world:
 
-    prompts       characters that a vocabulary lacks: the nearest that it has
+    prompts       replacing characters that a vocabulary lacks with the nearest it has
     fast paths    faster versions of three plain functions above; --plain switches them off
-    distributed   several processes, each with its share of every batch: torchrun
-    files         publishing a file safely; load(), for a file that may be foreign or broken
+    distributed   several processes, each computing a part of every batch: torchrun
+    files         writing a file safely; load(), for files that may be foreign or damaged
     text sources  built-in texts, files, folders, URLs
     terminal      messages, live progress, loss chart
-    library       train(): a run with its files, begun or resumed
+    library       train(): starting or resuming a run, with its files
     chat          the prompt loop and its views
     export        Hugging Face transformers, llama.cpp, the Hub
     command line  options and commands
 
 Shapes: B batch, T time (characters in a window), C channels (n_embd), H heads, D = C / H channels
-of a head, S positions that a query may attend to, V vocab_size, L layers (n_layer), N any other
-number, as of the characters of a text or of the matrices in a stack.
+per head, S positions that a query may attend to, V vocab_size, L layers (n_layer), N any other
+number, such as the characters of a text or the matrices in a stack.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ __version__ = "1.0.0"
 
 
 # ---- config --------------------------------------------------------------------------------------
-# A setting is one line: type, default, help, limits. Options, checks and model file read that line.
+# Each setting is one line: type, default, help, limits. Options, checks and model files use it.
 
 
 class UserError(Exception):
     """An error that the user can fix: the message gives the value, the rule and what to do.
 
-    A message names a setting as Python does, `max_steps` or `max_steps=0`, in backquotes; the
-    command line shows these as --max-steps and --max-steps 0.
+    A message spells a setting as in Python and puts it in backquotes: `max_steps` or `max_steps=0`.
+    The command line prints these as --max-steps and --max-steps 0.
     """
 
 
@@ -120,7 +120,7 @@ def printable(text: str) -> str:
 
 
 def option(default, help=None, low=None, high=None):
-    """Dataclass field with limits; one with a help text is also a command-line option."""
+    """Dataclass field with limits; a field with a help text is also a command-line option."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -134,17 +134,17 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", tuple: 
 
 
 class Config:
-    """Base of the config dataclasses: checks each value, wherever it comes from."""
+    """Base class of the config dataclasses: checks each value, wherever it comes from."""
 
     def __post_init__(self):
         for setting in fields(self):
             value = self.check(setting.name, getattr(self, setting.name))
-            object.__setattr__(self, setting.name, value)  # although it is frozen
+            object.__setattr__(self, setting.name, value)  # the dataclass is frozen
 
     @classmethod
     def check(cls, name: str, value):
-        """`value`, if it has the type and is within the limits of the field.  raises: UserError"""
-        if isinstance(value, np.generic):  # as from np.arange
+        """`value`, if it has the type of the field and is within its limits.  raises: UserError"""
+        if isinstance(value, np.generic):  # for example from np.arange
             value = value.item()
         limits = cls.__dataclass_fields__[name].metadata
         low, high = limits["low"], limits["high"]
@@ -162,7 +162,7 @@ class Config:
 
     @classmethod
     def pick(cls, settings: dict) -> Config:
-        """Config with those `settings` that are fields of it; the others have their defaults."""
+        """Config from the `settings` that are its fields; its other fields keep their defaults."""
         names = {setting.name for setting in fields(cls)}
         return cls(**{name: value for name, value in settings.items() if name in names})
 
@@ -171,7 +171,7 @@ class Config:
 class GPTConfig(Config):
     """Shape of the network; part of every model file."""
 
-    vocab_size: int = option(2, None, 2, 65_536)  # the text decides
+    vocab_size: int = option(2, None, 2, 65_536)  # determined by the text
     block_size: int = option(256, "context length in characters (T)", 2, 4_096)
     n_layer: int = option(4, "transformer blocks (L)", 1, 128)
     n_head: int = option(4, "attention heads per block (H)", 1, 1_000)
@@ -197,7 +197,7 @@ class GPTConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How a model is trained; part of every model file. None: see `resolve`."""
+    """How a model is trained; part of every model file. `resolve` gives each None a value."""
 
     max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
     batch_size: int | None = option(None, "windows per step (default: by the device)", 1, 100_000)
@@ -219,7 +219,7 @@ class TrainConfig(Config):
 
 
 def default_dropout(epochs: float) -> float:
-    """Dropout rate: the more often a text is repeated, the sooner it is memorized."""
+    """Dropout rate, higher for more epochs: a text that is repeated often is memorized sooner."""
     if epochs < 25:
         return 0.0
     return 0.1 if epochs < 80 else 0.2
@@ -232,7 +232,7 @@ def resolve(
 
     These values depend on the network, the length of the run, the number of characters to train
     on, the device ("cpu", "cuda", "mps") and the dtype of the matrix products. They are
-    decided once, when the run begins, and are part of it.
+    chosen once, when the run begins, and saved with it.
     """
     batch_size = cfg.batch_size
     if batch_size is None:
@@ -240,24 +240,25 @@ def resolve(
             batch_size = 16
         elif dtype == torch.bfloat16:
             batch_size = 6
-        else:  # as on most laptops, where more windows take longer
+        else:  # as on most laptops, where a step with more windows takes longer
             batch_size = 4
     muon_learning_rate = cfg.muon_learning_rate
     if muon_learning_rate is None:
-        # The fewer windows, the noisier the gradient. The square root is that of Malladi et al.
+        # Fewer windows make the gradient noisier. The square root rule is from Malladi et al.
         # 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", for Adam.
         muon_learning_rate = round(0.02 * min(1.0, batch_size / 6) ** 0.5, 4)
     learning_rate = cfg.learning_rate
     if learning_rate is None:
         # A dot product adds up one change per channel, so it changes at most in proportion to the
-        # channels. At 384 half the rate was better than the whole; the square root is near that.
+        # number of channels. With 384 channels, half the rate worked better than the full rate;
+        # the square root comes close to that.
         learning_rate = round(6e-3 * min(1.0, 128 / config.n_embd) ** 0.5, 4)
     epochs = cfg.max_steps * batch_size * config.block_size / n_chars
     dropout = default_dropout(epochs) if cfg.dropout is None else cfg.dropout
     logit_scale = cfg.logit_scale
     if logit_scale is None:
-        # Multiplies the logits in training only, against overconfidence on a repeated text:
-        # without it validation loss would be lowest at a temperature of 1.15.
+        # Multiplies the logits, in training only, to prevent overconfidence on a repeated text:
+        # without it, the validation loss would be lowest at a temperature of 1.15.
         logit_scale = 1.0 if epochs < 4 else 1.15
     return replace(
         cfg,
@@ -288,9 +289,10 @@ def require_text(name: str, value) -> None:
 
 
 def unify_newlines(text: str) -> str:
-    r"""`text` with \n for \r\n and \r, as files are read.  raises: UserError if it is not a string
+    r"""`text` with \n in place of \r\n and \r, as when reading a file.
 
-    U+0085, U+2028 and U+2029 are characters like others, in texts and in prompts.
+    U+0085, U+2028 and U+2029 are ordinary characters, in texts and in prompts.
+    raises: UserError if it is not a string
     """
     require_text("text", text)
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -322,9 +324,9 @@ class Tokenizer:
         return "".join(self.characters[i] for i in ids)
 
     def normalize_prompt(self, prompt: str) -> tuple[str, dict[str, str]]:
-        """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped).
+        """`prompt` in known characters, and the replacement of each unknown one ("" if dropped).
 
-        Here an unknown character is dropped; the second part of the file looks for a similar one.
+        This version drops unknown characters; the second part of the file looks for similar ones.
         """
         prompt = unify_newlines(prompt)
         changes = {c: "" for c in prompt if c not in self.known}
@@ -336,11 +338,11 @@ class Tokenizer:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Attention weights (B, H, T, S) of queries q (B, H, T, D) on keys k (B, H, S, D).
+    """Attention weights (B, H, T, S) of queries q (B, H, T, D) over keys k (B, H, S, D).
 
-    A weight is the share of the value at position s in the output for query t.
-    The T queries are the last T of S positions, so query t is at position S - T + t. It may attend
-    to a key at its own position or before: the mask is True where a key is later than the query.
+    Weight [t, s] is the share of the value at position s in the output for query t.
+    The T queries are at the last T of the S positions, so query t is at position S - T + t. It may
+    attend to keys up to its own position: the mask is True where a key is later than the query.
     source: Vaswani et al. 2017, "Attention Is All You Need", equation 1
     """
     T, D = q.shape[2:]
@@ -370,7 +372,7 @@ class KVCache:
         self.length = 0
 
     def repeat(self, batch_size: int) -> None:
-        """One text becomes `batch_size` equal ones."""
+        """Turn the cache of one text into that of `batch_size` equal texts."""
         self.kv = self.kv.repeat(1, 1, batch_size, 1, 1, 1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,8 +424,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 has the tanh approximation of GELU (Hendrycks and Gimpel 2016, section 2). In
-        # training on a CPU exact GELU takes half the time; it differs by at most 0.0005.
+        # GPT-2 uses the tanh approximation of GELU (Hendrycks and Gimpel 2016, section 2). In
+        # training on a CPU, exact GELU takes half the time; it differs by at most 0.0005.
         use_exact = self.training and x.device.type == "cpu"
         x = self.c_fc(x)  # (B, T, 4 C)
         x = F.gelu(x, approximate="none" if use_exact else "tanh")
@@ -461,13 +463,13 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initial weights, wider than GPT-2's in linear layers, since Muon's steps are larger."""
+        """Initial weights, larger than GPT-2's in linear layers, since Muon's steps are larger."""
         std = (2 * self.config.n_embd) ** -0.5
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
         for block in self.h:
             nn.init.normal_(block.attn.c_attn.weight, std=std)
-            nn.init.zeros_(block.attn.c_proj.weight)  # a block begins as x -> x
+            nn.init.zeros_(block.attn.c_proj.weight)  # a block starts as the identity
             nn.init.normal_(block.mlp.c_fc.weight, std=std)
             nn.init.zeros_(block.mlp.c_proj.weight)
         for name, parameter in self.named_parameters():
@@ -486,7 +488,7 @@ class GPT(nn.Module):
         return self.wte(ids) + self.wpe.weight[start:end]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of the next character, read from a residual stream x (..., C)."""
+        """Logits (..., V) of the next character, computed from the residual stream x (..., C)."""
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(
@@ -498,9 +500,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of the character after each of `ids` (B, T), which follow the `cache`.
 
-        context_length: cut the texts into pieces of that many characters, which do not see each
-            other: (B * T / context_length, context_length, V)
-        last_only: only the logits after the last of the ids: (B, 1, V)
+        context_length: cut the texts into pieces of that many characters, which cannot attend to
+            each other; returns (B * T / context_length, context_length, V)
+        last_only: return only the logits after the last of the ids (B, 1, V)
         """
         start = 0 if cache is None else cache.length
         x = self.drop(self.embed(ids, start))  # (B, T, C)
@@ -510,7 +512,7 @@ class GPT(nn.Module):
             x = block(x, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
-        if last_only:  # with a large vocabulary those of all positions are gigabytes
+        if last_only:  # with a large vocabulary, the logits of all positions take gigabytes
             x = x[:, -1:]  # (B, 1, C)
         return self.logits(x)
 
@@ -518,7 +520,7 @@ class GPT(nn.Module):
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over `targets` (B, T); the unknown character does not count.
 
-    logits: (B, T, V), or in the same order cut into pieces; see GPT.forward
+    logits: (B, T, V), or cut into pieces in the same order; see GPT.forward
     """
     logits = logits.flatten(0, 1).float()  # (B * T, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=0, reduction="sum")
@@ -531,7 +533,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 def lr_scale(step: int, cfg: TrainConfig) -> float:
     """Multiplier of the peak learning rates at `step`: linear warm-up, then decay to a fifth.
 
-    Most schedules decay to zero; here the moving average (ema_rate) replaces the last part.
+    Most schedules decay to zero; here the moving average (ema_rate) replaces that last part.
     """
     warmup = min(cfg.warmup_steps, cfg.max_steps // 10)
     if step < warmup:
@@ -541,13 +543,13 @@ def lr_scale(step: int, cfg: TrainConfig) -> float:
 
 
 def context_length(step: int, cfg: TrainConfig, block_size: int) -> int:
-    """How many characters attention looks back on at `step`: few in the first fifth of a run.
+    """Context length in characters at `step`: short in most of the first fifth of a run.
 
-    What follows a character depends most on the few before it. Attention learns to find these
-    sooner among 32 characters than among all; until then the loss stays near that of a bigram
-    model. Every fourth step has the whole context, so that all of it can be used.
+    The next character depends mostly on the few before it. Attention learns to find these sooner
+    among 32 characters than in the full context; until it does, the loss stays near that of a
+    bigram model. Every fourth step has the full context, so the model learns to use all of it.
     source: Press et al. 2021, "Shortformer: Better Language Modeling using Shorter Inputs",
-    section 4; there all early windows are short
+    section 4, where all early windows are short
     """
     is_early = step < cfg.max_steps // 5 and cfg.init is None
     is_short = is_early and step % 4 != 0 and block_size % 32 == 0
@@ -557,10 +559,10 @@ def context_length(step: int, cfg: TrainConfig, block_size: int) -> int:
 def ema_rate(step: int) -> float:
     """Share of the newest weights in the exponential moving average (EMA) after `step` steps.
 
-    The average, over about the last eighth of the run so far, is what is evaluated and saved: the
-    weights of a single step memorize and fluctuate more.
-    source: power function EMA, to first order, of Karras et al. 2024, "Analyzing and Improving the
-    Training Dynamics of Diffusion Models", section 3.1
+    The average, over about the last eighth of the run so far, is what is evaluated and saved,
+    because the weights of a single step memorize and fluctuate more.
+    source: the power function EMA of Karras et al. 2024, "Analyzing and Improving the Training
+    Dynamics of Diffusion Models", section 3.1, to first order
     """
     return min(1.0, 8 / step)
 
@@ -568,8 +570,9 @@ def ema_rate(step: int) -> float:
 def slow_momentum_rate(step: int) -> float:
     """Share of the newest gradient in Muon's slow momentum after `step` steps.
 
-    It averages over about the last 25th of the run so far, but not over fewer steps than the fast
-    one. It grows with the run because early gradients are soon those of another network.
+    It averages over about the last 25th of the run so far, but never over fewer steps than the fast
+    momentum. The span grows with the run because early in a run the network changes quickly, so
+    gradients soon become outdated.
     source: Pagliardini et al. 2024, "The AdEMAMix Optimizer: Better, Faster, Older", section 3,
     for Adam and with another schedule
     """
@@ -589,9 +592,10 @@ def newton_schulz(X: Tensor) -> Tensor:
     return X
 
 
-# These polynomials a s + b s^3 + c s^5, one after the other, bring every s from 0.002 to 1 between
-# 0.63 and 1.37. Each minimizes the largest distance from 1 over the interval that those before it
-# leave, widened by 2% at both ends: a value that rounding moved outside would grow without limit.
+# These polynomials a s + b s^3 + c s^5, applied one after the other, bring every singular value s
+# from 0.002 to 1 into the range from 0.63 to 1.37. Each minimizes the largest distance from 1 over
+# the interval that the previous ones leave, widened by 2% at both ends because a value that
+# rounding moved outside would grow without limit.
 # source: Amsel et al. 2025, "The Polar Express", section 3
 POLYNOMIALS = (
     (8.2649, -23.5104, 16.7588),
@@ -604,26 +608,26 @@ POLYNOMIALS = (
 class Muon:
     """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), for matrices.
 
-    The momentum is an average of the gradients over few steps, with Nesterov's rule, plus twice one
-    over many. What most windows have in common is a small part of each gradient: the slow average
-    brings it out.
+    The momentum is the sum of an average of the gradients over a few steps, with Nesterov's rule,
+    and twice an average over many. What most windows have in common is only a small part of each
+    gradient; the slow average brings it out.
 
     The gradient of a weight matrix is dominated by a few directions, whose singular values exceed
-    the others by orders of magnitude: an update in proportion hardly learns the rare directions.
-    Muon sets all singular values to 1, so that every direction advances at the same rate.
+    the others by orders of magnitude: an update proportional to it hardly learns the rare
+    directions. Muon sets all singular values to 1, so every direction advances at the same rate.
 
-    Matrices of one shape form one stack. Those with more rows than columns are taken as groups of
-    columns / 2 rows: half of the arithmetic, and a slightly lower loss.
+    Matrices of the same shape form one stack. Those with more rows than columns are split into
+    groups of columns / 2 rows, which halves the arithmetic and gives a slightly lower loss.
     """
 
     def __init__(self, weights: dict[str, Tensor], cfg: TrainConfig, dtype: torch.dtype):
         self.cfg = cfg
         self.dtype = dtype  # of Newton-Schulz
         # In float32, where Newton-Schulz is slow, only every second step updates the weights, by
-        # twice as much: slightly worse per step, better per second.
+        # twice as much, which is slightly worse per step but better per second.
         self.interval = 1 if dtype == torch.bfloat16 else 2  # steps between updates
         self.beta = 0.9  # decay of the fast momentum
-        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and both their momenta
+        self.stacks: list[tuple[list[Tensor], Tensor]] = []  # weights, and their two momenta
         self.momentum: dict[str, Tensor] = {}  # the same momenta by kind and name of the weight
         names_by_shape = {}
         for name, weight in weights.items():
@@ -646,14 +650,15 @@ class Muon:
 
     @staticmethod
     def unstack(stack: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-        """Views of a stack (N, rows, columns), one per weight, of its shape."""
+        """Views of a stack (N, rows, columns), one per weight and with its shape."""
         return stack.flatten(0, 1).split([len(weight) for weight in weights])
 
     @torch.no_grad()
     def step(self, scale: Tensor, slow_rate: Tensor, is_update: bool = True) -> None:
         """Add the gradients to the momenta; if `is_update`, update the weights.
 
-        scale: multiplier of the peak rate; slow_rate: see slow_momentum_rate; scalars on the device
+        scale: multiplier of the peak rate, a scalar on the device
+        slow_rate: see slow_momentum_rate, also a scalar on the device
         """
         minus_lr = -self.interval * self.cfg.muon_learning_rate * scale
         decay = 1 + minus_lr * self.cfg.weight_decay
@@ -693,7 +698,7 @@ class Corpus(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str) -> Corpus:
-        """raises: UserError for a lone surrogate, such as surrogateescape leaves"""
+        """raises: UserError for a lone surrogate, such as those that surrogateescape leaves"""
         text = unify_newlines(text)
         try:
             sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -716,7 +721,7 @@ def split_ids(ids: ndarray) -> tuple[ndarray, ndarray]:
 
 @lru_cache(maxsize=2)
 def epoch_offsets(epoch: int, n_ids: int, block_size: int, seed: int) -> ndarray:
-    """Where the windows of an epoch begin: non-overlapping, with a random phase, permuted."""
+    """Start offsets of an epoch's windows: non-overlapping, with a random phase, permuted."""
     n_windows = (n_ids - block_size - 1) // block_size
     rng = np.random.default_rng((seed, epoch))
     phase = rng.integers(n_ids - block_size * n_windows)  # leaves room for the last target
@@ -756,14 +761,14 @@ def evaluate(
 ) -> tuple[float, int]:
     """Mean loss in nats per character over the text `ids` (N,), and the number of characters.
 
-    Windows of block_size do not overlap, and the last one is shorter: every known character but
-    the first is predicted once.  raises: UserError if there is none
-    track: may show progress, as tqdm does
+    The windows of block_size do not overlap, and the last one may be shorter: every known character
+    but the first is predicted exactly once.  raises: UserError if there is none
+    track: wraps the loop to show progress, as tqdm does
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
     require(count, "the text to evaluate on has no known character to predict; take another")
-    padding = (1 - len(ids)) % T  # so that whole windows remain; id 0 as a target does not count
+    padding = (1 - len(ids)) % T  # fills the last window; id 0 does not count as a target
     ids = np.pad(ids, (0, padding))
     inputs = ids[:-1].reshape(-1, T)  # (N, T)
     targets = ids[1:].reshape(-1, T)  # (N, T)
@@ -787,7 +792,7 @@ class Evaluation(NamedTuple):
 
     step: int
     # Mean over the steps since the last evaluation, of the current weights, with dropout,
-    # logit_scale and short contexts: what counts is its course, not its distance from the other.
+    # logit_scale and short contexts: its trend matters, not its distance from validation_loss.
     training_loss: float
     validation_loss: float  # of the averaged weights
 
@@ -804,7 +809,7 @@ class Trainer:
     print(trainer.best_model().generate("It was"))
     """
 
-    rank = 0  # of this process, where several train together
+    rank = 0  # of this process, if several train together
 
     def __init__(
         self,
@@ -823,13 +828,13 @@ class Trainer:
         found = f"{corpus.info}: {len(corpus.ids):,} characters"
         require(is_enough, f"{found} are too few for `block_size={T}`; take a longer text")
         self.cfg = cfg = resolve(cfg, config, len(self.train_ids), self.device.type, dtype)
-        # About a tenth of the time: a character costs a third of what it costs in training.
+        # Evaluation takes about a tenth of the time: a character costs a third of one in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
         self.val_ids = val_ids[:n_val]
 
         torch.default_generator.manual_seed(cfg.seed)  # of the CPU, where the weights are drawn
         config = replace(config, vocab_size=len(corpus.tokenizer), dropout=cfg.dropout)
-        with torch.device("cpu"):  # whatever the default device is
+        with torch.device("cpu"):  # regardless of the default device
             self.network = GPT(config)
         self.network.to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()  # see ema_rate
@@ -840,7 +845,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}  # those with the lowest validation loss
         self.best_loss = math.inf
 
-        # A step reads its inputs from tensors that stay where they are, as a CUDA graph requires.
+        # A step reads its inputs from tensors at fixed addresses, as a CUDA graph requires.
         self.context_length = T
         self.is_muon_update = True  # see Muon
         self.batch = torch.zeros(cfg.batch_size, T + 1, dtype=torch.long, device=self.device)
@@ -875,17 +880,17 @@ class Trainer:
             state["exp_avg_sq"] = torch.zeros_like(p)
 
     def step(self) -> None:
-        """One optimizer step: its inputs, then what a CUDA graph can replay."""
+        """One optimizer step: set its inputs, then run the part that a CUDA graph can replay."""
         self.set_inputs()
         self.update()
         self.steps_done += 1
 
     def set_inputs(self) -> None:
-        """The windows and the rates of this step."""
+        """Set the windows and the rates of this step."""
         T = self.network.config.block_size
         windows = get_batch(self.train_ids, self.steps_done, self.cfg, T)  # (B, T + 1)
         rows = self.local_rows(windows)
-        is_cuda = self.device.type == "cuda"  # then it is copied while the CPU goes on
+        is_cuda = self.device.type == "cuda"  # then the CPU does not wait for the copy
         self.batch.copy_(rows.pin_memory() if is_cuda else rows, non_blocking=is_cuda)
         n_known = torch.count_nonzero(windows[:, 1:])
         self.n_targets.fill_(n_known.clamp(min=1))
@@ -898,7 +903,7 @@ class Trainer:
             self.seed_dropout()
 
     def update(self) -> None:
-        """Gradients of the batch, both optimizers, the average."""
+        """Compute the gradients, step both optimizers, and update the averaged weights."""
         self.backward()
         self.loss_sum += self.step_loss
         # No gradient clipping: Muon's update has a fixed size, and AdamW normalizes its own.
@@ -911,7 +916,7 @@ class Trainer:
                 mean.lerp_(p, self.ema_rate)
 
     def backward(self) -> None:
-        """Gradients and `step_loss`, the mean loss in nats, of `batch`."""
+        """Compute the gradients of `batch` and `step_loss`, its mean loss in nats."""
         self.network.train()
         self.network.zero_grad()
         self.step_loss.zero_()
@@ -925,7 +930,7 @@ class Trainer:
             self.step_loss += loss.detach()
 
     def local_rows(self, windows: Tensor) -> Tensor:
-        """Those of the windows (B, T + 1) that this process computes: all."""
+        """The windows (B, T + 1) that this process computes: here, all of them."""
         return windows
 
     def seed_dropout(self) -> None:
@@ -955,7 +960,7 @@ class Trainer:
         if self.steps_done:  # the initial weights of a fine-tuning run have no training loss
             row = Evaluation(self.steps_done, round(training_loss, 6), round(validation_loss, 6))
             self.history.append(row)
-        if len(self.history) > 10_000:  # the header of a file has its limits
+        if len(self.history) > 10_000:  # the header of a file has a size limit
             del self.history[0:-1:2]
         if validation_loss < self.best_loss:
             self.best_loss = validation_loss
@@ -965,9 +970,9 @@ class Trainer:
         cfg = self.cfg
         uniform = math.log(self.network.config.vocab_size)
         is_finite = math.isfinite(training_loss + validation_loss) and weights_are_sane(self.ema)
-        # Worse than a uniform guess is normal in the first steps only.
+        # A loss worse than that of a uniform guess is normal only in the first steps.
         is_late = self.best_loss < uniform or self.steps_done >= min(1_000, cfg.max_steps)
-        # Only validation loss is high where that part is in another language.
+        # If the validation part is in another language, only its loss is high.
         is_worse = min(training_loss, validation_loss) > 1.1 * uniform
         if is_finite and not (is_late and is_worse):
             return
@@ -981,22 +986,22 @@ class Trainer:
         on_evaluation: Callable[[Trainer], None] = lambda trainer: None,
         should_stop: Callable[[Trainer], bool] = lambda trainer: False,
     ) -> None:
-        """The training loop: until max_steps, or until `should_stop`, called after each step.
+        """The training loop: until max_steps, or until `should_stop` is true after a step.
 
         raises: Diverged
         """
-        # A fine-tuning run counts its initial weights as the best, so it never ends worse.
+        # A fine-tuning run starts with its initial weights as the best, so it never ends up worse.
         if self.steps_done == 0 and self.cfg.init:
             self.evaluate()
         while self.steps_done < self.cfg.max_steps:
             # Forward pass, backward pass, optimizers, average.
             self.step()
-            # Both losses, regularly, and once early on.
+            # Both losses, at regular intervals and once early on.
             is_due = self.steps_done % self.cfg.eval_interval == 0
             if is_due or self.steps_done in (50, self.cfg.max_steps):
                 self.evaluate()
                 on_evaluation(self)
-            # Progress, checkpoints and Ctrl-C are the caller's.
+            # Progress, checkpoints and Ctrl-C are up to the caller.
             if should_stop(self):
                 break
 
@@ -1015,7 +1020,7 @@ class Trainer:
         )
 
     def best_model(self) -> Model:
-        """The weights with the lowest validation loss; before an evaluation, the averaged ones."""
+        """Model with the lowest validation loss; before any evaluation, the averaged weights."""
         network = copy.deepcopy(self.ema).requires_grad_()
         if self.best_weights:
             network.load_state_dict(self.best_weights)
@@ -1037,7 +1042,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: Metadata) -> None:
-        """Continue from a checkpoint.  raises: UserError if one is missing or has another shape"""
+        """Continue from a checkpoint.  raises: UserError for a missing or wrongly shaped tensor"""
         self.steps_done = metadata.step
         self.history = list(metadata.history)
         if metadata.validation_loss is not None:
@@ -1051,7 +1056,7 @@ class Trainer:
 
 
 def weights_are_sane(network: GPT) -> bool:
-    """Neither huge nor NaN."""
+    """Whether the weights are neither huge nor NaN."""
     return bool(nn.utils.get_total_norm(network.parameters()) < 1e6)
 
 
@@ -1060,9 +1065,9 @@ def weights_are_sane(network: GPT) -> bool:
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """How the next character is drawn. By default all but the temperature is off.
+    """How the next character is sampled. By default, only the temperature is on.
 
-    A new setting is a field here and its code in process_logits.
+    To add a setting, add a field here and its code in process_logits.
     """
 
     temperature: float = option(
@@ -1079,7 +1084,7 @@ class SampleConfig(Config):
 
 
 def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
-    """SampleConfig of keywords; `stop` may be one text.  raises: UserError"""
+    """SampleConfig from keyword arguments; `stop` may be one string.  raises: UserError"""
     is_one = isinstance(stop, str) or not isinstance(stop, Iterable)
     stops = (stop,) if is_one else tuple(stop)
     is_valid = all(isinstance(text, str) for text in stops)
@@ -1090,7 +1095,7 @@ def sample_config(stop: str | Iterable[str] = (), **sampling) -> SampleConfig:
     return SampleConfig(stop=stops, **sampling)
 
 
-MAX_TEXT = 10_000  # characters of a text that generation remembers; more than any context has
+MAX_TEXT = 10_000  # characters of a text that generation remembers; more than any context holds
 
 
 def softmax(logits: ndarray) -> ndarray:
@@ -1100,7 +1105,7 @@ def softmax(logits: ndarray) -> ndarray:
 
 
 def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
-    """Whether an id would complete an n-gram that its text already has: bool (B, V)."""
+    """Whether each id would complete an n-gram that the text already contains: bool (B, V)."""
     B, N = texts.shape
     completes = np.zeros((B, vocab_size), bool)
     if n <= N:
@@ -1115,7 +1120,7 @@ def completes_ngram(texts: ndarray, n: int, vocab_size: int) -> ndarray:
 def process_logits(logits: ndarray, cfg: SampleConfig, texts: ndarray) -> ndarray:
     """Logits (B, V) after penalty, n-grams, temperature, top-k, top-p, min-p; -inf if excluded.
 
-    texts (B, N): the ids so far, for the two settings against repetition; the last MAX_TEXT count
+    texts (B, N): ids so far, for the two settings against repetition; only the last MAX_TEXT count
     sources: Keskar et al. 2019, "CTRL", section 4.1 (penalty); Paulus et al. 2017, "A Deep
     Reinforced Model for Abstractive Summarization", section 2.5 (n-grams); Fan et al. 2018,
     "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of
@@ -1133,7 +1138,7 @@ def process_logits(logits: ndarray, cfg: SampleConfig, texts: ndarray) -> ndarra
         completes = completes_ngram(texts, cfg.no_repeat_ngram_size, V)
         logits = np.where(completes, -np.inf, logits)
     if cfg.temperature not in (0, 1):
-        logits = logits / max(cfg.temperature, 1e-6)  # less would overflow, and change nothing
+        logits = logits / max(cfg.temperature, 1e-6)  # lower would overflow; same result
     if 0 < cfg.top_k < V:
         kth = np.partition(logits, -cfg.top_k)[:, -cfg.top_k, None]  # (B, 1)
         logits = np.where(logits < kth, -np.inf, logits)
@@ -1144,8 +1149,8 @@ def process_logits(logits: ndarray, cfg: SampleConfig, texts: ndarray) -> ndarra
         order = logits.argsort(kind="stable")  # (B, V), ascending
         probs = softmax(np.take_along_axis(logits, order, -1))
         excluded = probs.cumsum(-1) <= 1 - cfg.top_p
-        excluded[:, -1] = False  # the likeliest stays, whatever top_p
-        excluded = np.take_along_axis(excluded, order.argsort(), -1)  # in the order of the ids
+        excluded[:, -1] = False  # the likeliest stays, whatever top_p is
+        excluded = np.take_along_axis(excluded, order.argsort(), -1)  # back in id order
         logits = np.where(excluded, -np.inf, logits)
     if cfg.min_p > 0:
         probs = softmax(logits)
@@ -1174,7 +1179,7 @@ def context_start(n: int, block_size: int) -> int:
     """Where the context of a text of `n` characters begins.
 
     Position embeddings are absolute: if a full context slid by one, every key and value in the
-    KV cache would be wrong. So it moves by half of its length.
+    KV cache would be wrong. So it moves by half its length at a time.
     """
     half = block_size // 2
     n_moves = math.ceil((n - block_size) / half)
@@ -1183,7 +1188,7 @@ def context_start(n: int, block_size: int) -> int:
 
 @torch.inference_mode()
 def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndarray:
-    """`ids` (N,) and `n` more: the reference, which computes the whole context for each new one."""
+    """`ids` (N,) and `n` more: the reference, which recomputes the whole context for each id."""
     for _ in range(n):
         start = context_start(len(ids), network.config.block_size)
         context = to_tensor(ids[None, start:], network.device)  # (1, T)
@@ -1195,20 +1200,20 @@ def generate(network: GPT, ids: ndarray, n: int, cfg: SampleConfig, rng) -> ndar
 
 @torch.inference_mode()
 def prefill(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
-    """Read texts `ids` (B, T) into the `cache`: logits (B, V) after the last character of each."""
+    """Read `ids` (B, T) into the `cache`; returns logits (B, V) after the last id of each text."""
     logits = network(to_tensor(ids, network.device), cache, last_only=True)  # (B, 1, V)
     return to_array(logits[:, -1])  # (B, V)
 
 
 def decode(network: GPT, ids: ndarray, cache: KVCache) -> ndarray:
-    """Read one more character of each text, `ids` (B,), into the `cache`: logits (B, V)."""
+    """Read one more character of each text, `ids` (B,), into the `cache`; returns logits (B, V)."""
     return prefill(network, ids[:, None], cache)
 
 
 def generate_ids(
     network: GPT, prompt: ndarray, cfg: SampleConfig, rngs: list, decode=decode
 ) -> Iterator[ndarray]:
-    """Endless continuation of `prompt` (N,), N > 0, as B texts, one per generator: ids (B,)."""
+    """Endless continuations of `prompt` (N,), N > 0, one per generator: yields ids (B,)."""
     B = len(rngs)
     T = network.config.block_size
     texts = prompt[None].repeat(B, axis=0).astype("i8")  # (B, N)
@@ -1222,7 +1227,7 @@ def generate_ids(
         yield ids
         if cache.length < T:
             logits = decode(network, ids, cache)
-        else:  # the context is full: its second half is read anew
+        else:  # the context is full: read its second half again
             cache.reset()
             n_kept = T + 1 - context_start(T + 1, T)
             logits = prefill(network, texts[:, -n_kept:], cache)
@@ -1252,7 +1257,7 @@ class StopFilter:
         return safe
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text still held back; call this at the end."""
         return "" if self.is_done else self.held
 
 
@@ -1261,7 +1266,7 @@ class StopFilter:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a model file says about its weights, in the header, as JSON strings."""
+    """What the header of a model file says about the weights, as JSON strings."""
 
     config: GPTConfig
     characters: str
@@ -1278,16 +1283,16 @@ class Metadata:
         return header | {name: json.dumps(value) for name, value in self.entries().items()}
 
     def entries(self) -> dict:
-        """All fields as what JSON can express."""
+        """All fields, as types that JSON can express."""
         return asdict(self) | {"data": self.data._asdict()}
 
     @classmethod
     def from_header(cls, header: dict[str, str]) -> Metadata:
-        """raises: LookupError, TypeError, UserError or ValueError where the header is malformed"""
+        """raises: LookupError, TypeError, UserError or ValueError if the header is malformed"""
         require(header["format_version"] == "1", "its format_version is not 1")
         entries = {setting.name: json.loads(header[setting.name]) for setting in fields(cls)}
         require(type(entries["history"]) is list, "its history is malformed")
-        if "name" in entries["data"]:  # one string before version 1.0
+        if "name" in entries["data"]:  # a single string before version 1.0
             entries["data"]["names"] = [entries["data"].pop("name")]
         entries["config"] = GPTConfig(**entries["config"])
         entries["data"] = TextInfo(**entries["data"])
@@ -1331,9 +1336,9 @@ class Model:
     # ---- writing
 
     def prompt_ids(self, prompt: str) -> ndarray:
-        """Ids (N,) of `prompt`, N > 0: an empty text stands for a line end, or else for id 1.
+        """Ids (N,) of `prompt`, N > 0; if it is empty, the id of a line end, or 1 if unknown.
 
-        raises: UserError if no character of a prompt is known
+        raises: UserError if no character of the prompt is known
         """
         require_text("prompt", prompt)
         known, _ = self.tokenizer.normalize_prompt(prompt or "\n")
@@ -1342,9 +1347,9 @@ class Model:
         return self.tokenizer.encode(known) if known else np.array([1])
 
     def stream_batch(self, prompt: str, cfg: SampleConfig, indices=range(1)) -> Iterator[list[str]]:
-        """`prompt` continued as several texts: lists of pieces, one per text, until all are done.
+        """Several continuations of `prompt`: lists of pieces, one per text, until all are done.
 
-        Text i depends only on (seed, i), not on the batch.
+        Text i depends only on (seed, i), not on the rest of the batch.
         """
         seed = secrets.randbits(62) if cfg.seed is None else cfg.seed
         rngs = [np.random.default_rng((seed, i)) for i in indices]
@@ -1371,19 +1376,19 @@ class Model:
 
     @torch.no_grad()
     def next_logits(self, ids: ndarray) -> ndarray:
-        """Logits (N, V) of the character after each of `ids` (N,), one context at most."""
+        """Logits (N, V) of the character after each of `ids` (N,), at most one context."""
         ids = to_tensor(ids[None], self.network.device)
         return to_array(self.network(ids)[0])
 
     def next_characters(self, prompt: str, **sampling) -> ndarray:
-        """Probabilities (V,) of the next character by id, after the `sampling` settings if any."""
+        """Probabilities (V,) of the next character, by id, after any `sampling` settings."""
         cfg = sample_config(**{"temperature": 1.0} | sampling)
         ids = self.prompt_ids(prompt)
         start = context_start(len(ids), self.network.config.block_size)
         logits = self.next_logits(ids[start:])[-1:]  # (1, V)
         if sampling:
             logits[:, 0] = -np.inf  # U+FFFD is never sampled
-            cfg = replace(cfg, temperature=max(cfg.temperature, 1e-6))  # 0 as a limit
+            cfg = replace(cfg, temperature=max(cfg.temperature, 1e-6))  # 0 as the limit
             logits = process_logits(logits, cfg, ids[None].astype("i8"))
         return softmax(logits)[0]
 
@@ -1391,7 +1396,7 @@ class Model:
         """Surprisal, -log2 p in bits, of each character of `text` (N,), which follows `prompt`.
 
         An empty prompt stands for a line end. Each character is predicted from the context that it
-        has when the model writes it. A character that the vocabulary lacks has that of U+FFFD.
+        would have if the model wrote it. A character that the vocabulary lacks counts as U+FFFD.
         """
         before = self.prompt_ids(prompt)
         ids = np.concatenate((before, self.tokenizer.encode(unify_newlines(text))))
@@ -1411,9 +1416,9 @@ class Model:
 
     @torch.no_grad()
     def attention(self, text: str) -> ndarray:
-        """Attention weights (L, H, T, T) within the context at the end of `text`, T characters.
+        """Attention weights (L, H, T, T) within the last context of `text`, which has T characters.
 
-        [layer, head, t, s] is the share of character s in what character t gathers.
+        [layer, head, t, s] is the share of character s in the attention output for character t.
         """
         ids = self.prompt_ids(text)
         start = context_start(len(ids), self.network.config.block_size)
@@ -1435,7 +1440,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path) -> Model:
-        """The model in a file that save() wrote; anexagpt.load() takes others, and checks them."""
+        """The model in a file that save() wrote; anexagpt.load() accepts and checks others."""
         with safetensors.safe_open(path, "pt") as file:
             metadata = Metadata.from_header(file.metadata())
         network = GPT(metadata.config)
@@ -1444,7 +1449,7 @@ class Model:
 
 
 # ==================================================================================================
-# The complete GPT ends here: it trains, writes, saves and loads. Below it meets the world.
+# The complete GPT ends here: it trains, generates, saves and loads. The rest is for practical use.
 # ==================================================================================================
 
 
@@ -1493,19 +1498,19 @@ except ImportError as error:
         raise
     sys.exit(f"anexagpt.py: {error}; {INSTALL}")
 
-# A forked process, as multiprocessing makes, would wait forever for OpenMP's threads of its parent.
+# A forked process, as from multiprocessing, would wait forever for its parent's OpenMP threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 # ---- prompts -------------------------------------------------------------------------------------
-# A character that the vocabulary lacks is read as the nearest one that it has.
+# A character that the vocabulary lacks is replaced with the nearest one that it has.
 
 EQUIVALENTS = str.maketrans("‘’‚´`“”„–—―−", "'''''\"\"\"----")
 
 
 def split_clusters(text: str) -> Iterator[str]:
-    """Each letter of `text`: a character with the combining marks that follow it, at most 31."""
+    """Letters of `text`: each is a character and the combining marks after it, at most 31."""
     start = 0
     for end in range(1, len(text) + 1):
         c = text[end : end + 1]  # "" at the end
@@ -1519,9 +1524,9 @@ def split_clusters(text: str) -> Iterator[str]:
 def equivalent(cluster: str, known: set[str]) -> str:
     """The nearest form of a letter that consists of `known` characters, or "".
 
-    In this order: composed or decomposed (Unicode's NFC and NFD), composed with one of its
-    marks, with straight quotes and hyphens, in compatibility forms (NFKC and NFKD), without
-    marks; then in the other case.
+    Forms are tried in this order: composed or decomposed (Unicode's NFC and NFD), composed with
+    one of its marks, with straight quotes and hyphens, in compatibility forms (NFKC and NFKD),
+    without marks; then all of these in the other case.
     """
     composed, decomposed = (unicodedata.normalize(form, cluster) for form in ("NFC", "NFD"))
     letter, marks = decomposed[:1], decomposed[1:]
@@ -1537,9 +1542,9 @@ def equivalent(cluster: str, known: set[str]) -> str:
 
 
 def normalize_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[str, dict[str, str]]:
-    """`prompt` in characters of the vocabulary, and what was replaced by what ("": dropped)."""
+    """`prompt` in known characters, and the replacement of each unknown letter ("" if dropped)."""
     prompt = unify_newlines(prompt)
-    if tokenizer.known.issuperset(prompt):  # a long one would take seconds
+    if tokenizer.known.issuperset(prompt):  # the loop takes seconds for a long prompt
         return prompt, {}
     changes = {}
     parts = []
@@ -1558,7 +1563,7 @@ Tokenizer.normalize_prompt = normalize_prompt
 
 # ---- fast paths ----------------------------------------------------------------------------------
 # Each replaces one plain function of the same signature. Those that repeat mathematics are compared
-# with it first, on the network at hand: whoever changes the network gets the changed network.
+# with it first, on the network at hand: if you change the network, the changed network is used.
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1589,7 +1594,7 @@ def use_fast_attention(network: GPT, dtype: torch.dtype) -> bool:
     D = config.n_embd // config.n_head
     random = torch.Generator().manual_seed(0)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
-    for T in (8, min(1_024, config.block_size)):  # a local attention differs in long contexts
+    for T in (8, min(1_024, config.block_size)):  # local attention differs only in long contexts
         values = torch.randn(3, 1, H, T, D, generator=random, dtype=torch.float32, device="cpu")
         q, k, v = values.to(network.device)
         expected = attention(q, k, v)
@@ -1609,17 +1614,17 @@ CHANGED = "the network was changed; using the plain version."
 class NumpyDecoder:
     """`decode` of one text on a CPU: NumPy's calls cost a fraction of PyTorch's.
 
-    All weights are prepared so that a token needs few calls, and `dot` costs less than `@`. Every
-    vector of the residual stream gets mean zero, which changes nothing, since each LayerNorm
-    subtracts the mean: LayerNorm is a division by the root mean square, and its weight and bias go
-    into the next matrix.
+    All weights are prepared so that a token needs few calls; `dot` costs less than `@`. Every
+    vector of the residual stream is given mean zero, which does not change the result, since each
+    LayerNorm subtracts the mean. LayerNorm then only divides by the root mean square, and its
+    weight and bias are folded into the next matrix.
     source: Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers", section 3
     """
 
     def __init__(self, network: GPT):
         self.network = network
         self.is_equal = True  # to the plain function
-        self.caches = weakref.WeakSet()  # those of the texts for which it was compared
+        self.caches = weakref.WeakSet()  # caches of the texts for which it was compared
         with torch.no_grad():
             self.wte = to_array(network.wte.weight - network.wte.weight.mean(1, keepdim=True))
             self.wpe = to_array(network.wpe.weight - network.wpe.weight.mean(1, keepdim=True))
@@ -1627,17 +1632,17 @@ class NumpyDecoder:
             self.head = self.fold(network.ln_f, network.wte.weight, 0.0)
 
     def __reduce__(self):
-        """A copy, also by pickle, is prepared anew."""
+        """A copy, even one made by pickle, is prepared again from the network."""
         return NumpyDecoder, (self.network,)
 
     @staticmethod
     def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[ndarray, ndarray]:
-        """Matrix and bias of a linear layer that follows a LayerNorm."""
+        """Matrix and bias of a linear layer, with those of the LayerNorm before it folded in."""
         return to_array(weight * norm.weight), to_array(weight @ norm.bias + bias)
 
     @staticmethod
     def center(linear: nn.Linear) -> tuple[ndarray, ndarray]:
-        """Matrix and bias of a linear layer whose output is moved to mean zero."""
+        """Matrix and bias of a linear layer, changed so that its output has mean zero."""
         weight = linear.weight - linear.weight.mean(0)
         return to_array(weight), to_array(linear.bias - linear.bias.mean())
 
@@ -1645,7 +1650,7 @@ class NumpyDecoder:
         attn, mlp = block.attn, block.mlp
         c_attn, c_attn_bias = self.fold(block.ln_1, attn.c_attn.weight, attn.c_attn.bias)
         C = c_attn.shape[1]
-        scale = (C // attn.n_head) ** -0.5  # of the scores, goes into the queries
+        scale = (C // attn.n_head) ** -0.5  # of the scores, folded into the queries
         c_attn[:C] *= scale
         c_attn_bias[:C] *= scale
         c_fc = self.fold(block.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)
@@ -1655,7 +1660,7 @@ class NumpyDecoder:
         is_float32_on_cpu = cache.kv.device.type == "cpu" and cache.kv.dtype == torch.float32
         if len(ids) > 1 or network is not self.network or not is_float32_on_cpu:
             return decode(network, ids, cache)
-        if cache not in self.caches:  # a new text; since the last one the weights may have changed
+        if cache not in self.caches:  # a new text; the weights may have changed
             self.caches.add(cache)
             logits = self.decode(ids[0], cache)
             cache.advance(-1)
@@ -1697,16 +1702,16 @@ def inverse_rms(x: ndarray) -> float:
 def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
     """A NumpyDecoder of `network`.
 
-    None if it was changed, so that it computes something else or its modules have other names.
+    None if the network was changed and computes something else, or its modules have other names.
     """
     c = network.config
-    # Not n_parameters(): whoever changes the network changes that, too.
+    # Not n_parameters(): someone who changes the network changes that, too.
     n_weights = (c.vocab_size + c.block_size + 2) * c.n_embd
     n_weights += c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)
     if sum(p.numel() for p in network.parameters()) != n_weights:
         return None
     ids = np.arange(min(256, c.block_size)) % c.vocab_size  # (T,)
-    n = max(1, len(ids) - 8)  # a local attention differs where the context is long
+    n = max(1, len(ids) - 8)  # local attention differs only in a long context
     expected = network(to_tensor(ids[None], network.device))[0, n:].numpy()  # (T - n, V)
     try:
         decoder = NumpyDecoder(network)
@@ -1719,9 +1724,9 @@ def gpt2_decoder(network: GPT) -> NumpyDecoder | None:
 
 
 def use_fast_paths(model: Model) -> None:
-    """Generation with the fast versions of `decode` and `attention`."""
+    """Let `model` generate with the fast versions of `decode` and `attention`."""
     network = model.network
-    with autocast(network.device, torch.float32):  # none of the caller's
+    with autocast(network.device, torch.float32):  # overrides the caller's autocast
         is_usual = use_fast_attention(network, torch.float32)
         if not is_usual or network.device.type != "cpu":
             return
@@ -1733,9 +1738,9 @@ def use_fast_paths(model: Model) -> None:
 
 
 class CudaGraph:
-    """Replays `update` as one CUDA graph: a small network is bound by the launches of its kernels.
+    """Replays `update` as one CUDA graph: a small network is limited by its kernel launches.
 
-    Not yet run on a GPU. `update` must leave its tensors where they are and never wait for the
+    Not yet run on a GPU. `update` must keep its tensors at fixed addresses and never wait for the
     device.
     """
 
@@ -1746,7 +1751,7 @@ class CudaGraph:
 
     def __call__(self) -> None:
         self.calls += 1
-        if self.calls == 4:  # after a warm-up on the stream of the capture
+        if self.calls == 4:  # after a warm-up on the stream that captures
             self.capture()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -1800,7 +1805,7 @@ class DistributedContext(NamedTuple):
         require(is_equal, "torchrun: the ranks differ in options, text or checkpoint")
 
     def on_all_ranks(self, fn: Callable):
-        """fn() on every rank; a UserError of one is raised on all, so that none waits for it."""
+        """Call fn() on every rank. A UserError on one is raised on all, so none waits for it."""
         result = None
         own_error = None
         try:
@@ -1813,7 +1818,7 @@ class DistributedContext(NamedTuple):
 
 
 class DistributedTrainer(Trainer):
-    """A Trainer of several processes, each of which computes a part of every batch."""
+    """A Trainer for several processes, each of which computes a part of every batch."""
 
     def __init__(self, ctx: DistributedContext, *arguments):
         super().__init__(*arguments)
@@ -1852,7 +1857,7 @@ class DistributedTrainer(Trainer):
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+    """Join the process group that torchrun describes in environment variables, if there is one."""
     if "WORLD_SIZE" not in os.environ:
         yield DistributedContext()
         return
@@ -1871,11 +1876,11 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         n, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         require(n <= n_gpus, f"--nproc-per-node {n}: must be at most {n_gpus}, one for each GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Rendezvous waits in C++, where Python's handlers do not run: a signal ends the process.
+    # Rendezvous waits in C++, where Python's handlers do not run, so signals end the process here.
     with handle_signals(signal.SIG_DFL):
         try:
             store, _, _ = next(dist.rendezvous("env://"))
-            # After a failure torchrun's store still has the addresses of dead ranks.
+            # After a failure, torchrun's store still has the addresses of dead ranks.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except (RuntimeError, ValueError) as error:
@@ -1887,7 +1892,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
 
 
 # ---- files ---------------------------------------------------------------------------------------
-# A model file and a checkpoint are safetensors files: weights, and JSON strings in the header.
+# Model files and checkpoints are safetensors files: weights, and JSON strings in the header.
 
 MODEL = "model.safetensors"
 CHECKPOINT_SUFFIX = ".checkpoint"
@@ -1897,7 +1902,7 @@ MAX_NUMBER = 10**15  # of steps, losses and characters in a header
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync, or a note on a network mount that has none.  raises: OSError for a full disk"""
+    """fsync, or log a note if a network mount has none.  raises: OSError for a full disk"""
     with open(path, "rb+") as file:
         try:
             os.fsync(file.fileno())
@@ -1913,15 +1918,15 @@ def flush_to_disk(path: Path) -> None:
 def atomic_write(path: Path, may_replace: Callable[[], bool] = lambda: True) -> Iterator[Path]:
     """Temporary file beside `path` that becomes `path` once it is complete and on the disk.
 
-    `may_replace` is asked last of all, whether or not there is a file.  raises: OSError
+    `may_replace` is called last of all, whether or not `path` exists.  raises: OSError
     """
     path = real_path(path)  # a link stays a link
     temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "is not a regular file")  # as /dev/null
-        for old in path.parent.glob(f".anexa-{'?' * 12}.tmp"):  # of killed processes
+            raise OSError(errno.EINVAL, "is not a regular file")  # such as /dev/null
+        for old in path.parent.glob(f".anexa-{'?' * 12}.tmp"):  # left by killed processes
             with suppress(OSError):  # another process may remove it, too
                 if time.time() - old.stat().st_mtime > 86_400:
                     old.unlink()
@@ -1936,7 +1941,7 @@ def atomic_write(path: Path, may_replace: Callable[[], bool] = lambda: True) -> 
             raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
     except OSError as error:
-        error.strerror = error.strerror or f"{error}: is the disk full?"  # NumPy's errors have none
+        error.strerror = error.strerror or f"{error}: is the disk full?"  # NumPy sets none
         error.filename = str(path)  # a full disk does not name the file
         raise
     finally:
@@ -1945,7 +1950,7 @@ def atomic_write(path: Path, may_replace: Callable[[], bool] = lambda: True) -> 
 
 
 def tensor_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> Iterator[bytes]:
-    """Parts of a safetensors file. The library's writer has random order, and errors of its own."""
+    """Parts of a safetensors file. The library's writer has a random order and its own errors."""
     entries = {"__metadata__": header}
     end = 0
     for name, tensor in tensors.items():
@@ -1954,7 +1959,7 @@ def tensor_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> Iterator
         shape = list(tensor.shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     yield len(text).to_bytes(8, "little")
     yield text
     for tensor in tensors.values():
@@ -1963,13 +1968,13 @@ def tensor_bytes(tensors: dict[str, Tensor], header: dict[str, str]) -> Iterator
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, which must not exist."""
+    """Write a safetensors file, which must not exist yet."""
     with open(path, "xb") as file:
         file.writelines(tensor_bytes(tensors, header))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, header: dict[str, str]) -> None:
-    """Write a model file.  raises: OSError; UserError where a file that is no model stands"""
+    """Write a model file.  raises: OSError; UserError if `path` is a file that is not a model"""
     path = user_path(path)
     if path.exists():
         fix = "save the model under another name"
@@ -1982,9 +1987,9 @@ Model.write_file = staticmethod(save_tensors)
 
 
 def user_path(name: str | Path) -> Path:
-    """A path, where ~ is the home folder: no shell expands --out=~/x, or a name in Python.
+    """A path with ~ expanded: no shell expands it in --out=~/x, or in a name in Python.
 
-    raises: UserError if there is no home folder, or for an address
+    raises: UserError if there is no home folder, or for a URL
     """
     require(isinstance(name, (str, os.PathLike)), f"`{name}`: must be the name of a file")
     name = os.fsdecode(name)
@@ -2004,11 +2009,11 @@ def real_path(path: Path) -> Path:
 
 
 def checkpoint_path(out: Path) -> Path:
-    return out.with_name(out.name + CHECKPOINT_SUFFIX)  # a name that no model can have
+    return out.with_name(out.name + CHECKPOINT_SUFFIX)  # no model can have this name
 
 
 def file_id(path: Path) -> tuple | None:
-    """Device, inode, time and size, to notice that another file has taken the place; or None."""
+    """Device, inode, time and size, to detect that the file was replaced; None if there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -2017,7 +2022,7 @@ def file_id(path: Path) -> tuple | None:
 
 
 def free_name(path: Path, word: str) -> Path:
-    """`path` with a word before its last suffix, so that no such file exists."""
+    """`path` with `word` before its last suffix, numbered if such a file exists."""
     name = path.with_name(f"{path.stem}.{word}{path.suffix}")
     number = 1
     while os.path.lexists(name):
@@ -2027,32 +2032,32 @@ def free_name(path: Path, word: str) -> Path:
 
 
 def save_error(error: Exception) -> str:
-    """The reason alone: str() of an OSError also has its number and the name of the file."""
+    """Only the reason: str() of an OSError also has its number and the name of the file."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 class RunFile:
-    """A file that a run writes and rewrites. It never replaces or removes somebody else's."""
+    """A file that a run writes and rewrites. It never replaces or removes anyone else's file."""
 
     def __init__(self, path: Path):
         self.path = path
         self.written = None  # file_id() of what this run wrote or resumed
 
     def write(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        """Write the file, under another name if somebody else's has come.  raises: OSError"""
+        """Write the file, under another name if a foreign file is there.  raises: OSError"""
         path = self.path
         if file_id(path) not in (None, self.written):
             path = free_name(path, "new")
             log(f"NOTE: {self.path} was created by another program; saving to {path}")
             self.written = None
-        # Another file may have come meanwhile.
+        # Another file may appear in the meantime.
         with atomic_write(path, lambda: file_id(path) in (None, self.written)) as temporary:
             write_tensors(temporary, tensors, header)
         self.path = path
         self.written = file_id(path)
 
     def rescue(self, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        """`write`, or else save to a temporary folder.  raises: UserError"""
+        """`write`, or if that fails, save to a temporary folder.  raises: UserError"""
         try:
             return self.write(tensors, header)
         except (OSError, MemoryError, RuntimeError) as error:
@@ -2063,7 +2068,7 @@ class RunFile:
             other = Path(folder, self.path.name)
             write_tensors(other, tensors, header)
         except (OSError, MemoryError, RuntimeError) as error:
-            if folder:  # half a file would only take room
+            if folder:  # half a file would only waste space
                 shutil.rmtree(folder, ignore_errors=True)
             failed = f"cannot be saved ({reason}), nor in a temporary folder ({save_error(error)})"
             raise UserError(f"{self.path}: {failed}; make room, and resume") from None
@@ -2076,22 +2081,22 @@ class RunFile:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < MAX_NUMBER  # NaN is not
+    return type(value) in (int, float) and abs(value) < MAX_NUMBER  # false for NaN
 
 
 def check_metadata(m: Metadata) -> None:
-    """raises: UserError, TypeError or ValueError unless all that a header may say is plausible"""
+    """raises: UserError, TypeError or ValueError unless everything in the header is plausible"""
     characters = m.characters
     is_vocab = characters == build_vocab(characters) and len(characters) == m.config.vocab_size
     require(is_vocab, "its characters are not U+FFFD and others in order")
-    characters.encode()  # UnicodeEncodeError is a ValueError: surrogates are no characters
+    characters.encode()  # ValueError (UnicodeEncodeError) for surrogates
     has_names = type(m.data.names) is list and "".join(m.data.names)
     require(has_names, "its data set has no names")
     require(re.fullmatch("[0-9a-f]{64}", m.data.sha256), "its sha256 is not 64 hex digits")
     require(is_number(m.data.characters), "its data set has no number of characters")
     require(type(m.training) is dict, "its training settings are malformed")
-    json.dumps(m.training, allow_nan=False)  # a ValueError for NaN, which JSON lacks
-    TrainConfig.check("init", m.training.get("init"))  # the others may be of another version
+    json.dumps(m.training, allow_nan=False)  # ValueError for NaN, which JSON lacks
+    TrainConfig.check("init", m.training.get("init"))  # others may be from another version
     TrainConfig.check("max_steps", m.training.get("max_steps", 1))
     require(type(m.step) is int and 0 <= m.step < MAX_NUMBER, "its step is not a number")
     is_loss = m.validation_loss is None or is_number(m.validation_loss)
@@ -2136,7 +2141,7 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
             require(0 < size <= MAX_HEADER, "it is not a safetensors file, or has a huge header")
             metadata = Metadata.from_header(json.loads(file.read(size))["__metadata__"])
             check_metadata(metadata)
-            # Limits the memory. A changed network may have fewer weights, or more.
+            # Limits the memory used. A changed network may have fewer weights, or more.
             expected = 4 * metadata.config.n_parameters()
             actual = path.stat().st_size - size
             is_possible = max(expected, actual) < 10 * min(expected, actual) + (1 << 24)
@@ -2159,9 +2164,9 @@ def read_file(path: Path, fix: str = "name another, or fetch it again") -> Saved
 def load(
     path: str | Path = MODEL, device: str | torch.device = "cpu", plain: bool = False
 ) -> Model:
-    """The model in a model file, in an exported one, or in a checkpoint.
+    """The model in a model file, an exported model file, or a checkpoint.
 
-    Of a checkpoint the best weights are taken, before its first evaluation the averaged ones.
+    From a checkpoint it takes the best weights, or before the first evaluation the averaged ones.
     plain: without fast paths
     raises: UserError; OSError for a file that cannot be read
     """
@@ -2174,7 +2179,7 @@ def load(
         for name, weight in weights.items():
             if name.startswith("h.") and weight.dim() == 2:
                 weights[name] = weight.T
-    # Initial weights are drawn, and replaced below; whatever the default device and dtype are.
+    # Initial weights are drawn here, whatever the default device and dtype, and replaced below.
     with torch.random.fork_rng([]), torch.device("cpu"):
         network = GPT(metadata.config).float()
     shapes = {name: (p.shape, p.dtype) for name, p in network.named_parameters()}
@@ -2194,13 +2199,13 @@ def load(
 
 
 # ---- text sources --------------------------------------------------------------------------------
-# Names, files, folders and URLs become one text, in pieces: it may be larger than the memory.
+# Names, files, folders and URLs become one text, read in pieces: it may not fit into memory.
 
 
 class BuiltInText(NamedTuple):
     rights: str
     mirrors: tuple[str, ...] = ()
-    ending: str = ""  # words near its end: neither an error page nor half a file has them
+    ending: str = ""  # words near its end, absent from an error page or half a file
 
 
 BUILT_IN = {
@@ -2221,15 +2226,15 @@ BUILT_IN = {
         ),
         ending="Whiles thou art waking.",
     ),
-    # The language reference inside every Python: 465,000 characters, no network.
+    # The language reference that comes with every Python: 465,000 characters, no network needed.
     "python-docs": BuiltInText(rights="Python's"),
 }
 FALLBACK = "python-docs"
 CACHE = Path("data")  # for downloads
-PIECE = 1 << 23  # characters that are read at once: a book
+PIECE = 1 << 23  # characters to read at once: a book
 MAX_DOWNLOAD = 2 << 30  # bytes
-LONG_TEXT = 32 << 20  # the ids of a text of this many characters are in a file, not in memory
-MAX_NAMES = 1_000_000  # bytes that the names of all texts take in the header of a model
+LONG_TEXT = 32 << 20  # from this many characters on, the ids are in a file, not in memory
+MAX_NAMES = 1_000_000  # bytes that the names of all texts may take in the header of a model
 COMMON_ENCODINGS = ["utf_8", "utf_16", "utf_16_le", "utf_16_be", "koi8_r"]
 COMMON_ENCODINGS += ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256"]
 COMMON_ENCODINGS += ["gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
@@ -2237,7 +2242,7 @@ TIMEOUT = (10, 15)  # seconds to connect, and until the next byte
 MIN_SPEED = 500  # bytes per second, on average after TIMEOUT
 
 
-# The beginning of an address; a Path has only one slash. Without a limit long words take seconds.
+# Beginning of a URL; a Path keeps only one slash. Without a limit, long words would take seconds.
 URL = "(?i)[a-z][a-z0-9+.-]{1,40}:/"
 
 
@@ -2257,19 +2262,19 @@ def public_name(name: str) -> str:
             host = f"[{host}]"
         port = "" if parts.port is None else f":{parts.port}"
         return f"{scheme}://{host}{port}{parts.path}"
-    except ValueError:  # as for a password with a slash, which is taken for a port
+    except ValueError:  # a password with a slash, for example, is taken for a port
         return f"{scheme}://..."
 
 
 def hide_secrets(text: str) -> str:
-    """A message with the public names of its URLs."""
+    """A message in which each URL is replaced with its public name."""
     url = rf"{URL}\S*?(?=[':;,.)]*(?:\s|$))"  # without punctuation at its end
     return re.sub(url, lambda match: public_name(match[0]), text)
 
 
 def missing_name(name: str | Path) -> str:
-    """A name that no file has, to be shown: it may be an address that is mistyped."""
-    name = public_name(str(name)[:4_096])  # longer ones, as a text in its place, take minutes
+    """How to show a name that no file has: it may be a mistyped URL, with secrets."""
+    name = public_name(str(name)[:4_096])  # a text given as a name would take minutes
     if re.match(r"(?i)//|\W*https?\b|[^/]*:[^/]*@", name):
         name = re.sub(r"[^/\\]*@|#.*", "", name)  # user, password, fragment
     return printable(re.sub(r"(?s)(\?).*|(#).*=.*", r"\1\2...", name))
@@ -2284,7 +2289,7 @@ def sha256_of(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for downloads: data/, or one in the home folder where that cannot be."""
+    """The folder for downloads: data/, or one in the home folder if data/ is not writable."""
     place = CACHE if os.path.lexists(CACHE) else Path(".")
     if place.is_dir() and os.access(place, os.W_OK):
         return CACHE
@@ -2299,7 +2304,7 @@ def is_download(path: Path) -> bool:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a stored download has the SHA-256 in the file beside it."""
+    """Whether a stored download matches the SHA-256 in the file beside it."""
     try:
         recorded = path.with_suffix(".sha256").read_text().split()[0]
         return path.is_file() and sha256_of(path) == recorded
@@ -2308,7 +2313,7 @@ def is_intact(path: Path) -> bool:
 
 
 def check_download(path: Path, url: str, type: str, ending: str) -> None:
-    """raises: UserError for half a text, or for a web page in its place"""
+    """raises: UserError for half a text, or for a web page instead of a text"""
     with open(path, "rb") as file:
         first = file.read(10_000)
         file.seek(max(0, path.stat().st_size - 100_000))
@@ -2320,14 +2325,14 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     fix = "of a login or of a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
     require(first, "an empty answer")
-    words = " ".join(last.split())  # however its lines are broken
+    words = " ".join(last.split())  # regardless of line breaks
     require(ending in words, "not the expected text, or incomplete")
 
 
 class MeteredAdapter(requests.adapters.HTTPAdapter):
-    """Connections that fail where a server is too slow, or sends too much.
+    """Connections that fail if the server is too slow or sends too much.
 
-    All that is read counts: headers, the page of a redirect, and the text.
+    Everything that is read counts: headers, the page of a redirect, and the text.
     """
 
     def __init__(self):
@@ -2368,7 +2373,7 @@ class MeteredAdapter(requests.adapters.HTTPAdapter):
 
 def fetch(url: str, path: Path, ending: str) -> None:
     """Download one address.  raises: OSError, UserError, or an error of requests or urllib3"""
-    headers = {"Accept-Encoding": "identity"}  # so that Content-Length is that of the text
+    headers = {"Accept-Encoding": "identity"}  # so Content-Length is the text's
     session = requests.Session()
     adapter = MeteredAdapter()
     session.mount("http://", adapter)
@@ -2377,7 +2382,7 @@ def fetch(url: str, path: Path, ending: str) -> None:
         response = session.get(url, stream=True, timeout=TIMEOUT, headers=headers)
     except requests.RequestException:
         raise
-    except OSError as error:  # requests has no error for a certificate file that is missing
+    except OSError as error:  # not wrapped by requests: a missing certificate file
         fix = "correct REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, or unset them"
         raise UserError(f"{first_line(error)}; {fix}") from None
     require(response.status_code == 200, f"HTTP status {response.status_code}")
@@ -2394,13 +2399,13 @@ def fetch(url: str, path: Path, ending: str) -> None:
                 file.write(piece)
                 bar.update(task, completed=file.tell())
         check_download(temporary, url, response.headers.get("Content-Type", ""), ending)
-        # First: a copy without it is not ours.
+        # Written first, since a copy without it would not count as ours.
         with atomic_write(path.with_suffix(".sha256")) as record:
             record.write_text(f"{sha256_of(temporary)}  {path.name}\n")
 
 
 def download_error(error: Exception) -> str:
-    """What to say of a failed download; the text of the error has the URL, which may be secret."""
+    """Message for a failed download; that of the error has the URL, which may be secret."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         fix = "set REQUESTS_CA_BUNDLE to the certificate file of your network"
         return f"its certificate is not trusted; behind a proxy that inspects traffic, {fix}"
@@ -2421,7 +2426,7 @@ def download(name: str) -> Path:
     built_in = BUILT_IN.get(name, BuiltInText("", mirrors=(name,)))
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()
     stem = name if name in BUILT_IN else digest[:16]
-    file_name = f"anexa-{stem}.txt"  # a name that no file of the user has
+    file_name = f"anexa-{stem}.txt"  # no file of the user has this name
     path = cache_folder() / file_name
     for stored in (CACHE / file_name, path):
         if is_intact(stored):
@@ -2439,8 +2444,8 @@ def download(name: str) -> Path:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reasons.append(f"{host}: {download_error(error)}")
         except (UserError, ValueError) as error:
-            reasons.append(f"{host}: {first_line(error)}")  # it may have words of the server
-        except OSError as error:  # not a UserError, after which another text would be used
+            reasons.append(f"{host}: {first_line(error)}")  # it may quote the server
+        except OSError as error:  # a UserError would lead to FALLBACK
             fix = "make room, or start in another folder"
             error.strerror = f"cannot be stored ({save_error(error)}); {fix}"
             raise
@@ -2487,14 +2492,14 @@ def find_texts(name: str, encoding: str) -> list[Source]:
         fix = "is not the name of a file; in Python a text itself is given as train(text=...)"
         raise UserError(f"`data={printable(name[:40])}...`: {fix}") from None
     if is_fifo:
-        return [Source(path.read_bytes(), encoding)]  # it can be read only once
+        return [Source(path.read_bytes(), encoding)]  # a pipe can be read only once
     if path.is_file():
         return [Source(path, encoding)]
     names = sorted(os.listdir(path)) if path.is_dir() else []
     found = [path / name for name in names if not name.startswith(".")]
     texts = [p for p in found if p.is_file() and p.suffix.lower() in (".txt", ".md")]
     texts = [p for p in texts if not is_download(p)] or texts  # the folder may be our data/
-    if not texts and glob.has_magic(name):  # where the shell does not expand *.txt
+    if not texts and glob.has_magic(name):  # the shell did not expand *.txt
         texts = [Path(match) for match in sorted(glob.glob(str(path))) if os.path.isfile(match)]
     if not texts:
         known = f"no such file, folder of *.txt and *.md, or built-in text ({', '.join(BUILT_IN)})"
@@ -2502,7 +2507,7 @@ def find_texts(name: str, encoding: str) -> list[Source]:
     return [Source(text, encoding) for text in texts]
 
 
-# Project Gutenberg's markers, whose lines may be wrapped: today's, and those of the 1990s.
+# Project Gutenberg's markers, today's and those of the 1990s; their lines may be wrapped.
 MARKER = r"\*\*\*\s?%s\sOF\sTH(?:E|IS)\sPROJECT\sGUTENBERG\sE(?:BOOK|TEXT)[^*]{0,300}\*\*\*"
 SMALL_PRINT = r"\*END\*?\s?THE\sSMALL\sPRINT![^*]{0,300}\*[^*\n]{0,40}\*END\*"
 START = f"{MARKER % 'START'}|{SMALL_PRINT}"
@@ -2510,7 +2515,7 @@ LAST_LINE = r"(?i)(?:End of|Ende d\w+|Fin d\w+)\s(?:the |this )?Proje[ck]?t Gute
 
 
 def split_books(text: str) -> list[str]:
-    """Parts of `text` with one start marker each; what is before the first belongs to it."""
+    """Parts of `text` with one start marker each; what precedes the first goes with the first."""
     starts = [match.start() for match in re.finditer(START, text)]
     limits = [0, *starts[1:], len(text)]
     return [text[start:end] for start, end in pairwise(limits)]
@@ -2539,7 +2544,7 @@ def strip_license(text: str) -> str:
 def strip_licenses(pieces: Iterator[str]) -> Iterator[str]:
     """Pieces of a text without the headers and footers of Project Gutenberg.
 
-    A text that begins with a book may have more of them, each of several pieces.
+    A text that begins with a book may contain more books, each of several pieces.
     """
     text = next(pieces, "")
     separator = ""
@@ -2556,21 +2561,21 @@ def strip_licenses(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def guess_encodings(sample: bytes) -> list[str]:
-    """Likely encodings of the beginning of a text, of which a few bytes may be corrupt."""
+    """Likely encodings of a text, given its beginning, in which a few bytes may be corrupt."""
     text = sample.decode("utf-8", "replace")
     n_corrupt = text.count(UNKNOWN)
-    n_other = len(text) - len(text.encode("ascii", "ignore"))  # in UTF-8 of several bytes
-    if n_other > 2 * n_corrupt:  # bytes of another encoding are hardly ever UTF-8
+    n_other = len(text) - len(text.encode("ascii", "ignore"))  # several bytes each in UTF-8
+    if n_other > 2 * n_corrupt:  # other encodings are hardly ever valid UTF-8
         return ["utf-8"]
     guesses = charset_normalizer.from_bytes(sample, cp_isolation=COMMON_ENCODINGS)
-    # The likeliest first; one guess stands for all encodings in which the sample is the same text.
+    # Likeliest first; each guess stands for all encodings that decode the sample to the same text.
     names = [name.replace("_", "-") for guess in guesses for name in guess.could_be_from_charset]
     if {"cp1250", "cp1252"} <= {*names[:2]}:  # Central and Western Europe: few letters differ
         return ["cp1252", "cp1250"]
     return [name for name in names[:1] if name != "utf-8"]
 
 
-# PDF; ZIP and so Word; old Word; gzip; PNG; JPEG. In some encodings all bytes are characters.
+# PDF; ZIP, as in Word; old Word; gzip; PNG; JPEG. Some encodings decode any bytes without error.
 NOT_TEXT = (b"%PDF-", b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff")
 
 
@@ -2593,7 +2598,7 @@ def text_error(source: Source, replace_errors: bool) -> UserError:
                 byte = error.object[at]
                 around = error.object[max(0, at - 20) : at + 20].decode("ascii", "backslashreplace")
                 text = error.object[:at].decode("latin-1")  # to count its line ends
-            except UnicodeError:  # no place is known
+            except UnicodeError:  # its position is unknown
                 break
             if at >= 0:
                 number += text.count("\n", 0, at)
@@ -2617,7 +2622,7 @@ def decoded_pieces(file: io.TextIOBase, replace_errors: bool) -> Iterator[str]:
             piece = piece.removeprefix("\ufeff")  # the byte order mark
         if replace_errors:
             piece = piece.replace("\0", UNKNOWN)
-        piece.encode()  # some encodings have surrogates, which are not characters
+        piece.encode()  # fails for surrogates, which some encodings have
         if "\0" in piece:
             raise UnicodeError
         yield piece
@@ -2626,7 +2631,7 @@ def decoded_pieces(file: io.TextIOBase, replace_errors: bool) -> Iterator[str]:
 def read_texts(sources: list[Source], replace_errors: bool = False) -> Iterator[str]:
     r"""Pieces of the texts, each text on a new line.  raises: UserError
 
-    They have \n line ends, and neither a byte order mark nor a license.
+    They have \n line ends, no byte order mark, and no license.
     """
     errors = "replace" if replace_errors else "strict"
     last = "\n"
@@ -2660,9 +2665,9 @@ def check_encoding(name: str) -> None:
 
 
 def public_names(names: list[str]) -> list[str]:
-    """Names of texts as a model file has them.  raises: UserError if its header has no room"""
+    """Names of texts as a model file stores them.  raises: UserError if too long for its header"""
     shown = ["standard input" if name == "-" else public_name(name) for name in names]
-    n = len(json.dumps(json.dumps(shown)))  # as they stand in the header
+    n = len(json.dumps(json.dumps(shown)))  # as in the header
     fix = f"but a model file has room for {MAX_NAMES:,}; join some of the texts"
     require(n <= MAX_NAMES, f"`data`: names of {n:,} bytes, {fix}")
     return shown
@@ -2689,10 +2694,10 @@ def load_corpus(
     replace_errors: bool = False,
     folder: str | None = None,
 ) -> Corpus:
-    """The texts of --data; without names Sherlock Holmes or, if no mirror answers, FALLBACK.
+    """The texts of --data; without names, Sherlock Holmes or, if no mirror answers, FALLBACK.
 
-    They are read twice: for their vocabulary, then for their ids. Those of a long text are in a
-    file in `folder`, by default that for temporary files.  raises: UserError
+    They are read twice: for their vocabulary, then for their ids. The ids of a long text are in a
+    file in `folder`, by default the folder for temporary files.  raises: UserError
     """
     check_encoding(encoding)
     wanted = names or ["sherlock"]
@@ -2707,7 +2712,7 @@ def load_corpus(
     files = [source.content for source in sources if isinstance(source.content, Path)]
     for path in [path for path, n in Counter(map(real_path, files)).items() if n > 1]:
         log(f"NOTE: {printable(str(path))} is given more than once")
-    n_bytes = sum(map(os.path.getsize, files))  # of /dev/stdin the real path may be gone
+    n_bytes = sum(map(os.path.getsize, files))  # the real path of /dev/stdin may be gone
     if n_bytes > 1 << 26:  # several seconds
         log(f"Reading {n_bytes:,} bytes ...")
     is_present = np.zeros(0x110000, bool)
@@ -2742,32 +2747,32 @@ STEERING = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u20
 def plain_console(stderr: bool = True) -> Console:
     """Console that prints text as it is."""
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-    if console.width < 1:  # of COLUMNS=0, with which it would print nothing
+    if console.width < 1:  # from COLUMNS=0; it would print nothing
         console.width = 80
     return console
 
 
 def escape_control(text: str) -> str:
-    """`text` with control and bidirectional characters escaped, which could steer a terminal."""
+    """`text` with control and bidirectional characters escaped: they could control a terminal."""
     return re.sub(STEERING, lambda match: spell_out(match[0]), text)
 
 
 def first_line(error: Exception) -> str:
     """First line of another program's message, without control characters and backquotes.
 
-    Backquotes mark the names of settings in our own messages.
+    In our own messages, backquotes mark the names of settings.
     """
     text = escape_control(str(error) or type(error).__name__).partition("\n")[0]
     return text.replace("`", "'")
 
 
 def write_stdout(text: str) -> None:
-    """Print generated text: as it is, but without control characters to a terminal."""
+    """Print generated text: on a terminal without control characters, elsewhere as it is."""
     print(escape_control(text) if on_terminal(sys.stdout) else text, end="", flush=True)
 
 
 def on_terminal(stream) -> bool:
-    """Whether it is a terminal; without a console, streams are None, or can only write."""
+    """Whether `stream` is a terminal; without a console it may be None or only have write()."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):
@@ -2775,7 +2780,7 @@ def on_terminal(stream) -> bool:
 
 
 def transient_bar() -> rich.progress.Progress:
-    """A progress bar that goes away at its end; none where stderr is not a terminal."""
+    """A progress bar that disappears at the end; none if stderr is not a terminal."""
     is_hidden = not on_terminal(sys.stderr)
     return rich.progress.Progress(console=plain_console(), transient=True, disable=is_hidden)
 
@@ -2783,13 +2788,13 @@ def transient_bar() -> rich.progress.Progress:
 def log(text: str = "", rank_variable: str = "RANK") -> None:
     """Print a message to stderr, wrapped to a terminal.
 
-    rank_variable: under torchrun only processes where it is 0 print. RANK is 0 in one process,
-        LOCAL_RANK in one per machine; "" stands for every process.
+    rank_variable: under torchrun, only processes in which this variable is 0 print. RANK is 0 in
+        one process, LOCAL_RANK in one per machine; "" stands for every process.
     """
     rank = os.environ.get(rank_variable, "0") if "WORLD_SIZE" in os.environ else "0"
     if sys.stderr is None or (rank.isdecimal() and int(rank) > 0):
         return
-    with suppress(OSError, ValueError):  # the reader or the terminal has gone, or it is closed
+    with suppress(OSError, ValueError):  # no reader or terminal any more, or closed
         if on_terminal(sys.stderr):
             plain_console().print(escape_control(text))
         else:
@@ -2802,15 +2807,15 @@ def note_once(text: str) -> None:
 
 
 def overfits(history: list[Evaluation]) -> bool:
-    """Whether validation loss was above its best five times while training loss fell."""
+    """Whether validation loss was above its best five times in a row while training loss fell."""
     best = min(history, key=lambda row: row.validation_loss)
     later = [row for row in history if row.step > best.step]
     return len(later) >= 5 and all(r.training_loss < best.training_loss for r in later[-5:])
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard, at once: the SummaryWriter of PyTorch has a thread, where a
-    full disk is a traceback."""
+    """Writes scalars for TensorBoard immediately: PyTorch's SummaryWriter has a thread, in which a
+    full disk ends in a traceback."""
 
     def __init__(self, folder: str | Path, first_step: int):
         """raises: UserError"""
@@ -2822,7 +2827,7 @@ class TensorBoard:
             file = open(self.folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
             self.writer = records.RecordWriter(file)
             self.write(file_version="brain.Event:2")
-            # An interrupted run may have written points that a resumed one writes again.
+            # An interrupted run may have written points that the resumed run writes again.
             self.write(step=first_step, session_log={"status": "START"})
         except OSError as error:
             reason = f"cannot be written ({save_error(error)}); choose another folder"
@@ -2840,8 +2845,8 @@ class TensorBoard:
 
 
 def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
-    """Whether the character frequencies of one text fit another one badly."""
-    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # bincount makes int64 of all it gets
+    """Whether the character frequencies of one text are a poor fit for another text."""
+    pieces = np.array_split(ids, 1 + len(ids) // PIECE)  # bincount copies its input as int64
     counts = sum(np.bincount(piece, minlength=vocab_size) for piece in pieces)  # (V,)
     other_counts = np.bincount(other_ids, minlength=vocab_size)  # (V,)
     share = (counts + 0.5) / (len(ids) + 0.5 * vocab_size)
@@ -2851,7 +2856,7 @@ def is_unlike(ids: ndarray, other_ids: ndarray, vocab_size: int) -> bool:
 
 
 def log_run(t: Trainer) -> None:
-    """Log text, network, device and schedule."""
+    """Log the text, network, device and schedule of a run."""
     n = len(t.corpus.ids)
     m = t.metadata()
     if n < 100_000:
@@ -2901,7 +2906,7 @@ class ProgressDisplay:
         """Wrap `validate` to measure its time."""
 
         def timed() -> float:
-            self.time_step()  # which is over, also on a GPU: its loss has been read
+            self.time_step()  # it is over, even on a GPU: its loss has been read
             started = time.monotonic()
             loss = validate()
             self.evaluation_seconds = time.monotonic() - started
@@ -2914,13 +2919,13 @@ class ProgressDisplay:
         t = self.trainer
         is_first = t.steps_done <= self.first_step + 1  # slower
         is_short = t.context_length < t.network.config.block_size  # faster
-        # A GPU may still compute: there the time of a single step says nothing.
+        # A GPU may still be computing, so there the time of a single step means nothing.
         if not is_first and not (is_short and t.device.type == "cpu"):
             self.timed_seconds += time.monotonic() - self.step_end
             self.timed_steps += 1
 
     def seconds_per_step(self) -> float:
-        """Mean of the steps that were timed, or else of all."""
+        """Mean over the steps that were timed, or over all if none was."""
         if self.timed_steps:
             return max(self.timed_seconds / self.timed_steps, 1e-9)
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -2953,7 +2958,7 @@ class ProgressDisplay:
         return f"{self.characters_per_second():,.0f} char/s {left} left"
 
     def show(self, line: str = "", end: str = "\r") -> None:
-        """Print a line over the live line, which ends in a carriage return."""
+        """Print a line over the live line, which ends with a carriage return."""
         line = set_cell_size(printable(line), plain_console().width - 1)
         with suppress(OSError):
             print(line, end=end, file=sys.stderr, flush=True)
@@ -2962,7 +2967,7 @@ class ProgressDisplay:
         """Time the step, and refresh the live line, five times per second at most."""
         t = self.trainer
         was_evaluated = bool(t.history) and t.history[-1].step == t.steps_done
-        if not was_evaluated:  # else the step was timed before that
+        if not was_evaluated:  # else it was timed before the evaluation
             self.time_step()
         self.step_end = time.monotonic()
         if self.is_live and time.monotonic() - self.last_update > 0.2:
@@ -2994,7 +2999,7 @@ class ProgressDisplay:
     def summary(self, model: Model) -> None:
         """Report a finished run."""
         if self.is_live:
-            self.show()  # what follows may be shorter than the live line
+            self.show()  # the next line may be shorter than the live line
         t = self.trainer
         lowest = min(row.validation_loss for row in t.history)
         if t.cfg.init and t.best_loss < lowest - 1e-6:  # which is rounded
@@ -3017,7 +3022,7 @@ class ProgressDisplay:
             self.board = None
 
     def close(self) -> None:
-        del self.trainer.validate  # back to its own method
+        del self.trainer.validate  # restores the method of the class
         if self.is_live:
             self.show()
         if self.board:
@@ -3031,7 +3036,7 @@ def loss_chart(history: list[Evaluation]) -> str:
         return ""
     steps, *losses = np.array(history).T  # (N,) each
     columns = np.rint(steps / steps[-1] * (width - 1)).astype(int)
-    later = [loss[steps >= steps[-1] / 10] for loss in losses]  # the first steps are far above
+    later = [loss[steps >= steps[-1] / 10] for loss in losses]  # the first steps are far higher
     ticks = np.linspace(np.max(later), np.min(losses), height)
     grid = np.full((height, width), " ")
     for loss, mark in zip(losses, "ox", strict=True):
@@ -3048,7 +3053,7 @@ def loss_chart(history: list[Evaluation]) -> str:
 
 @contextmanager
 def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")) -> Iterator[None]:
-    """Within it Ctrl-C (SIGINT) and others have this handler, unless they are ignored."""
+    """Inside `with`, these signals (SIGINT is Ctrl-C) have this handler, except ignored ones."""
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
@@ -3065,9 +3070,9 @@ def handle_signals(handler, names=("SIGINT", "SIGTERM", "SIGHUP")) -> Iterator[N
 class SignalCatcher:
     """Tells train() to stop after Ctrl-C, SIGTERM or SIGHUP, instead of ending the process.
 
-    Until train() asks for the first time, that is before the first step, a signal ends it at once.
-    Ctrl-C again does, too, but not within a second: for one key press a terminal, a wrapper and
-    torchrun may each send a signal.
+    Until train() asks for the first time, just before the first step, a signal ends it at once. So
+    does another Ctrl-C, but not within a second of the first signal: for one key press a terminal,
+    a wrapper and torchrun may each send one.
     """
 
     def __init__(self):
@@ -3097,9 +3102,9 @@ class SignalCatcher:
 
 
 class OneInterrupt(ContextDecorator):
-    """Inside `with`, Ctrl-C raises KeyboardInterrupt, once; outside, nothing.
+    """Inside `with`, the first Ctrl-C raises KeyboardInterrupt; any other Ctrl-C does nothing.
 
-    The second of two hasty presses would interrupt what handles the first.
+    Otherwise the second of two quick presses would interrupt the handling of the first.
     """
 
     def __init__(self):
@@ -3118,9 +3123,9 @@ class OneInterrupt(ContextDecorator):
 
 
 # ---- library -------------------------------------------------------------------------------------
-# A run is known by its output file. Where that exists, the run is finished: nothing trains over it.
-# Else the checkpoint beside it is resumed, with the settings and the text it has; else the run is
-# new. With `restart` it is new in any case: the model gets another name, the checkpoint goes.
+# A run is identified by its output file. If that exists, the run is finished and never overwritten.
+# Otherwise, a checkpoint beside it is resumed, with its settings and its text; if there is none,
+# the run is new. With `restart` it is always new: the model is renamed, the checkpoint is deleted.
 
 SIZES = {  # 0.8 M, 10.8 M and 86 M parameters
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256},
@@ -3131,7 +3136,7 @@ FREE_SETTINGS = ("grad_accum", "checkpoint_interval")  # may differ from those o
 
 
 def optional(module: str):
-    """An optional package, imported.  raises: UserError with the line that installs it"""
+    """Import an optional package.  raises: UserError with the command that installs it"""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -3140,7 +3145,7 @@ def optional(module: str):
 
 
 def has_working_cuda() -> bool:
-    """Whether a kernel runs; a GPU may be too old for this PyTorch."""
+    """Whether a kernel runs: a GPU may be too old for this PyTorch."""
     try:
         return torch.ones(1, device="cuda").add(1).item() == 2
     except RuntimeError as error:
@@ -3149,7 +3154,7 @@ def has_working_cuda() -> bool:
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The device of this name, or for "auto" the fastest.  raises: UserError if it is missing"""
+    """The device with this name; the fastest for "auto".  raises: UserError if it is missing"""
     device = str(device).removesuffix(":0")  # a tensor's device has an index
     usable = ["cpu"]
     if torch.backends.mps.is_available():
@@ -3163,7 +3168,7 @@ def select_device(device: str | torch.device) -> torch.device:
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of this name, or for "auto" the fastest on the device.  raises: UserError"""
+    """The dtype with this name; for "auto", the fastest on the device.  raises: UserError"""
     dtype = str(dtype).removeprefix("torch.")
     require(dtype in ("auto", "float32", "bfloat16"), f"`dtype={dtype}`: float32 or bfloat16")
     has_bf16 = False
@@ -3177,7 +3182,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def check_settings(settings: dict) -> dict:
-    """The settings that were asked for; a size stands for four.  raises: UserError"""
+    """The requested settings; a size stands for four of them.  raises: UserError"""
     settings = dict(settings)
     if isinstance(settings.get("init"), (str, os.PathLike)):
         user_path(settings["init"])  # an empty name, for example, is an error
@@ -3196,7 +3201,7 @@ def check_settings(settings: dict) -> dict:
 
 
 def config_diff(asked: dict, saved: dict, *free: str) -> str:
-    """Settings that ask for something else than those `saved`; "" if none."""
+    """The settings in `asked` that differ from those in `saved`; "" if none."""
     differing = []
     for name, value in asked.items():
         is_free = name in FREE_SETTINGS or name in free
@@ -3209,7 +3214,7 @@ def config_diff(asked: dict, saved: dict, *free: str) -> str:
 def output_path(out: str | Path) -> Path:
     """The file that `out` leads to.
 
-    raises: UserError unless a model and all that its run writes beside it can be there
+    raises: UserError unless a model, and all that its run writes beside it, can be saved there
     """
     out = user_path(out)
     if out.is_symlink():  # two names of one file are one run
@@ -3234,7 +3239,7 @@ class RunFiles:
         self.next_save = math.inf  # when a checkpoint is due
 
     def find_checkpoint(self, asked: dict, restart: bool) -> SavedFile | None:
-        """The run to resume, None for a new one.  raises: UserError if it must not begin"""
+        """The run to resume, or None for a new one.  raises: UserError if it must not begin"""
         out = self.model.path
         path = self.checkpoint.path
         unfinished = None
@@ -3272,7 +3277,7 @@ class RunFiles:
         return unfinished
 
     def begin(self, trainer: Trainer) -> None:
-        """Log a resumed run; for a new one rename an old model and delete an old checkpoint."""
+        """Log a resumed run; for a new one, rename an old model and delete an old checkpoint."""
         self.next_save = time.monotonic() + trainer.cfg.checkpoint_interval
         out = self.model.path
         if trainer.steps_done:
@@ -3280,10 +3285,10 @@ class RunFiles:
         if out.exists():  # `restart`
             old = out.rename(free_name(out, "old"))
             log(f"{out}: renamed to {old}")
-        self.checkpoint.remove()  # else a crash before the first save would revive it
+        self.checkpoint.remove()  # else it would be resumed after an early crash
 
     def save_checkpoint(self, trainer: Trainer, is_last: bool) -> None:
-        """At most 1% of the time goes to these.  raises: UserError if the last cannot be saved"""
+        """Takes at most 1% of the time.  raises: UserError if the last one cannot be saved"""
         started = time.monotonic()
         header = trainer.metadata().to_header("checkpoint")
         if is_last:
@@ -3314,7 +3319,7 @@ def saved_names(metadata: Metadata) -> list[str]:
         path = Path(os.path.expanduser(name))
         is_here = name in BUILT_IN or os.path.exists(path)
         with suppress(ValueError, OSError):  # no file can have this name
-            is_here = is_here or any(path.parent.glob(path.name))  # a pattern in one folder
+            is_here = is_here or any(path.parent.glob(path.name))  # a pattern such as *.txt
         require(is_here, missing)
     return metadata.data.names
 
@@ -3344,7 +3349,7 @@ def check_corpus(corpus: Corpus, block_size: int, can_shrink: bool) -> None:
 
 
 class Plan(NamedTuple):
-    """What a run will be, decided before its text is read."""
+    """Settings of a run, decided before its text is read."""
 
     config: GPTConfig
     cfg: TrainConfig
@@ -3353,9 +3358,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(asked: dict, unfinished: SavedFile | None) -> Plan:
-    """Each setting as it was asked for, else as the unfinished run or `init` has it.
+    """Each setting as requested, or else as in the unfinished run or in `init`.
 
-    raises: UserError if `init` has another shape, or no step is left
+    raises: UserError if `init` has another shape, or no steps are left
     """
     init = None
     shape = {}
@@ -3405,7 +3410,7 @@ def make_trainer(
 @contextmanager
 def training_lock(out: Path) -> Iterator[None]:
     """One training run per output file; the lock ends with the process.  raises: UserError"""
-    # The file stays: if it went, a second process could lock another one of its name.
+    # The file is not deleted: otherwise a second process could lock a new one of the same name.
     path = out.with_name(f".{out.name}.lock")
     lock = filelock.FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
     try:
@@ -3428,7 +3433,7 @@ def training_lock(out: Path) -> Iterator[None]:
 
 
 def run_delay() -> float:
-    """Seconds that threads of this process could have run, but had to wait for a core (Linux)."""
+    """Seconds for which threads of this process were ready to run but waited for a core (Linux)."""
     seconds = 0.0
     for file in glob.iglob("/proc/self/task/*/schedstat"):
         with suppress(OSError):  # a thread that has just ended
@@ -3437,15 +3442,15 @@ def run_delay() -> float:
 
 
 def hold_team(is_calm: threading.Event) -> None:
-    """Keep an idle team of OpenMP threads until `is_calm`."""
+    """Keep an idle team of OpenMP threads until `is_calm` is set."""
     torch.zeros(1 << 17).add_(1)  # large enough for a team of all threads
     is_calm.wait()
 
 
 def is_oversubscribed(is_over: threading.Event) -> bool:
-    """Whether more threads want to run than there are cores, in the next half second.
+    """Whether more threads are ready to run than there are cores, in the next half second.
 
-    False once `is_over`.
+    False once `is_over` is set.
     """
     before = run_delay()
     if is_over.wait(0.5):
@@ -3454,13 +3459,13 @@ def is_oversubscribed(is_over: threading.Event) -> bool:
     return run_delay() - before > 0.05
 
 
-ONE_WATCH = threading.Lock()  # held by the thread that watches: Ctrl-C comes to the main thread
+ONE_WATCH = threading.Lock()  # held by the watching thread, which Ctrl-C does not interrupt
 
 
 def watch_cores(is_over: threading.Event) -> None:
     """Add idle teams of OpenMP threads while the cores are oversubscribed; see share_cores."""
     if not ONE_WATCH.acquire(blocking=False):
-        return  # another thread watches already
+        return  # another thread is watching already
     try:
         n_workers = torch.get_num_threads() - 1  # of a team
         n_cores = len(os.sched_getaffinity(0))
@@ -3478,7 +3483,7 @@ def watch_cores(is_over: threading.Event) -> None:
                 pass
             is_calm.set()
             for team in teams:
-                if team.is_alive():  # it may still compute, which would abort a process that ends
+                if team.is_alive():  # a team still computing would abort an exiting process
                     team.join()
     finally:
         ONE_WATCH.release()
@@ -3489,10 +3494,10 @@ def share_cores() -> Iterator[None]:
     """Let PyTorch's threads sleep instead of spin while the cores are oversubscribed.
 
     A thread that waits for another spins for milliseconds. That is best on an idle machine, since
-    waking up takes time. On a busy one it occupies the core that the other thread needs, which
-    makes training several times as slow. GNU's OpenMP, which PyTorch uses on Linux, spins only
+    waking up takes time. On a busy one, it occupies the core that the other thread needs, and
+    training takes several times as long. GNU's OpenMP, which PyTorch uses on Linux, spins only
     briefly if it has more threads than the process has cores. So while the machine is busy, idle
-    teams of its threads are added. On other systems this does nothing.
+    teams of OpenMP threads are added. On other systems this does nothing.
     source: do_spin() in libgomp/config/linux/wait.h of GCC
     """
     if sys.platform != "linux":  # nothing to measure
@@ -3515,24 +3520,24 @@ ONE_RUN = threading.RLock()
 
 @contextmanager
 def training_state(device: torch.device) -> Iterator[None]:
-    """Gradients, float32 and a faster malloc for a run; then the process is as before.
+    """Enable gradients, float32 and a faster malloc for a run; restores the process afterwards.
 
-    Runs in several threads take turns: a process has one random generator.
+    Runs in several threads take turns, since a process has only one random generator.
     """
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with ONE_RUN, torch.random.fork_rng(devices), ExitStack() as stack:
         for name in {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} - os.environ.keys():
-            stack.callback(os.environ.pop, name, None)  # PyTorch adds it
+            stack.callback(os.environ.pop, name, None)  # PyTorch sets it
         stack.enter_context(share_cores())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # Without cache: else the weights of the first step would be used by all others.
+        # Without a cache: otherwise all later steps would use the weights of the first one.
         stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         with suppress(AttributeError, OSError, TypeError):  # glibc: 5 to 20% of a step on a CPU
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: a freed tensor's pages are reused, not returned
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: pages of freed tensors are reused, not returned
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the same for the end of the heap
             stack.callback(libc.malloc_trim, 0)
             stack.callback(libc.mallopt, -1, 128 << 10)  # their defaults
@@ -3550,7 +3555,7 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
     require(is_several, f"`data={printable(str(data))}`: must be the name of a text, or several")
     names = []
     for name in data:
-        is_path = isinstance(name, os.PathLike)  # it means a file
+        is_path = isinstance(name, os.PathLike)  # a Path always means a file
         name = os.fsdecode(name) if is_path else str(name)
         shown = missing_name(name)
         fix = f"chat opens it; to fine-tune it, give a text and `init={shown}`"
@@ -3563,11 +3568,11 @@ def text_names(data: str | Path | Iterable[str | Path] | None) -> list[str]:
 
 
 def use_fast_training(trainer: Trainer) -> None:
-    """A step with the fast `attention` and, on one GPU, as a CUDA graph."""
+    """Make a step use the fast `attention` and, on a single GPU, a CUDA graph."""
     use_fast_attention(trainer.network, trainer.dtype)
     use_fast_attention(trainer.ema, trainer.dtype)
     if trainer.device.type == "cuda" and not isinstance(trainer, DistributedTrainer):
-        # One graph for each length of context, with and without an update of the matrices.
+        # One graph for each context length, with and without an update of the matrices.
         graphs = defaultdict(partial(CudaGraph, trainer.update))
         trainer.update = lambda: graphs[trainer.context_length, trainer.is_muon_update]()
 
@@ -3590,11 +3595,11 @@ def train(
 ) -> Model:
     """Train a model; returns it with the weights of its lowest validation loss.
 
-    data: names of texts, files, folders or URLs, as for --data; or else
+    data: names of texts, files, folders or URLs, as for --data; or instead
     text: the text itself
-    out: model file to write; with it the run is locked, saved every minute, and resumed by the
+    out: model file to write; with it, the run is locked, saved every minute, and resumed by the
         same call
-    should_stop: asked after each step whether to end the run; the best model so far is returned
+    should_stop: called after each step; if true, the run ends and the best model so far is returned
     settings: size, init, and the fields of GPTConfig and TrainConfig, for example max_steps=1000
     raises: UserError; OSError for a text that cannot be read; KeyboardInterrupt, after which the
         same call resumes the last checkpoint
@@ -3635,7 +3640,7 @@ def train(
         board = None
         if tensorboard and is_first:
             board = TensorBoard(tensorboard, trainer.steps_done + 1)
-        if files and is_first:  # nothing can fail any more: an old checkpoint goes
+        if files and is_first:  # nothing can fail any more: delete an old checkpoint
             files.begin(trainer)
         is_shown = progress and is_first
         display = ProgressDisplay(trainer, is_shown, has_checkpoint=files is not None, board=board)
@@ -3665,7 +3670,7 @@ def run_training(
             files.save_checkpoint(trainer, is_last=stop)
         return stop
 
-    should_stop()  # from here on a signal is a request to stop after a step
+    should_stop()  # from here on, a signal is a request to stop after the current step
     try:
         trainer.fit(display.on_evaluation, after_step)
     except Diverged as error:
@@ -3685,7 +3690,7 @@ def run_training(
 
 
 # ---- chat ----------------------------------------------------------------------------------------
-# The prompt loop, its commands, and among them views of what the model computes.
+# The prompt loop and its commands, which include views of what the model computes.
 
 VIEWS = ("tokens", "probs", "why", "attn")
 COOL = ("", "#4a90c2", "#2f9e77", "#d9822b", "#d03a3a")  # for dark and for light terminals
@@ -3702,12 +3707,12 @@ MAX_VIEW = 2_000  # characters that a view shows
 
 
 def spell_invisible(text: str) -> str:
-    """`text` with what moves the cursor or has no width, as a combining mark, spelled out."""
+    """`text` with each character that moves the cursor or has no width escaped."""
     return "".join(c if cell_len(c) > 0 else spell_out(c) for c in printable(text))
 
 
 def annotate(parts: Iterable[str], styles: list[str], notes: list[str], width: int) -> Text:
-    r"""Each character or cluster in its style, with its note below; \n ends a line."""
+    r"""Each of `parts` in its style, with its note below; \n ends a line."""
     lines = []
     cells_left = 0
     for part, style, note in zip(parts, styles, notes, strict=True):
@@ -3723,7 +3728,7 @@ def annotate(parts: Iterable[str], styles: list[str], notes: list[str], width: i
 
 
 def change_notice(changes: dict[str, str]) -> str:
-    """What normalize_prompt() changed, in words; "" if nothing."""
+    """A description of what normalize_prompt() changed; "" if nothing."""
     words = []
     for old, new in list(changes.items())[:10]:
         old = spell_invisible(old)
@@ -3734,7 +3739,7 @@ def change_notice(changes: dict[str, str]) -> str:
 
 
 def normalize_and_log(model: Model, text: str) -> str:
-    """`text` in known characters; says what was changed.  raises: UserError if none is known"""
+    """`text` in known characters; logs what was changed.  raises: UserError if none is known"""
     model.prompt_ids(text)  # an error if none is known
     text, changes = model.tokenizer.normalize_prompt(text)
     if changes:
@@ -3743,7 +3748,7 @@ def normalize_and_log(model: Model, text: str) -> str:
 
 
 def log_context(model: Model, prompt: str) -> None:
-    """Say how much of a long prompt is read."""
+    """Log how much of a long prompt is read."""
     n = len(prompt)
     T = model.network.config.block_size
     if n > T:
@@ -3751,14 +3756,14 @@ def log_context(model: Model, prompt: str) -> None:
 
 
 def shown_part(text: str) -> str:
-    """The end of a text that is too long for a view; says so."""
+    """`text`, or only its end if it is too long for a view, which is then logged."""
     if len(text) > MAX_VIEW:
         log(f"(of {len(text):,} characters the last {MAX_VIEW:,} are shown)")
     return text[-MAX_VIEW:]
 
 
 def view_tokens(model: Model, text: str, console: Console) -> None:
-    """Ids of a text, and what is read in place of unknown characters."""
+    """Ids of a text, and the replacements of unknown characters."""
     text = shown_part(text)
     tokenizer = model.tokenizer
     styles = []
@@ -3812,7 +3817,7 @@ def view_probs(model: Model, text: str, cfg: SampleConfig, console: Console) -> 
 
 
 def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
-    """Surprise of each character of a text that follows a prompt."""
+    """Surprisal of each character of a text that follows a prompt."""
     text, _ = model.tokenizer.normalize_prompt(text)
     require(text, "there is no answer to look at; type a prompt")
     n_hidden = len(text) - len(shown_part(text))
@@ -3836,7 +3841,7 @@ def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
 
 
 def view_attn(model: Model, text: str, layer: str, head: str, console: Console) -> None:
-    """Map of the attention within a text; by default of the last layer, and the mean of heads."""
+    """Map of the attention within a text; by default of the last layer, averaged over its heads."""
     config = model.network.config
     for name, word, last in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
         is_valid = not word or word in map(str, range(1, last + 1))
@@ -3901,7 +3906,7 @@ class Chat:
         command.run(self, argument)
 
     def answer(self, prompt: str, echo: bool = True) -> None:
-        """Continue `prompt` until done or Ctrl-C; `echo`: show it before its continuation."""
+        """Continue `prompt` until it is done or Ctrl-C; `echo`: print the prompt first."""
         text = normalize_and_log(self.model, prompt)
         log_context(self.model, text)
         require(text, "there is nothing to continue; type a prompt")
@@ -3913,7 +3918,7 @@ class Chat:
         self.written = ""
         is_cut = start > 0 or not echo
         log_label("Response: ..." if is_cut else "Response: ")
-        with suppress(KeyboardInterrupt):  # ends the answer; what has come stays
+        with suppress(KeyboardInterrupt):  # ends the answer; keeps what is written
             write_stdout(text[start:] if echo else "")
             for (piece,) in self.model.stream_batch(text, replace(self.cfg, seed=self.seed)):
                 self.written += piece
@@ -3942,13 +3947,13 @@ class Chat:
             new = (*self.cfg.stop, unescape(value))
         elif value:
             new = value
-            with suppress(ValueError):  # then the config says what it must be
+            with suppress(ValueError):  # then the config reports the error
                 new = kind(value)
         self.cfg = replace(self.cfg, **{field_name: new})
         log(f"({name} {self.setting(field_name)})")
 
     def setting(self, name: str) -> str:
-        """A sampling setting as text."""
+        """The value of a sampling setting as text."""
         value = getattr(self.cfg, name)
         if isinstance(value, tuple):
             return " ".join(f"'{spell_invisible(text)}'" for text in value) or "none"
@@ -3977,7 +3982,7 @@ class Chat:
         require(path.is_file(), f"/read {shown}: no such file; check the spelling")  # no pipe
         try:
             text = "".join(read_texts([Source(path, "utf-8")]))
-        except UserError:  # which advises options of the command line
+        except UserError:  # its advice names command-line options
             raise UserError(f"/read {file}: not plain UTF-8 text; save it as such") from None
         self.answer(text.removesuffix("\n"))
 
@@ -4035,7 +4040,7 @@ def read_line() -> str:
     """raises: EOFError"""
     if plain_console().is_jupyter:
         return input()
-    line = sys.stdin.readline()  # input() may move the cursor, which not every terminal can
+    line = sys.stdin.readline()  # input() may move the cursor; some terminals cannot
     if not line:
         raise EOFError
     return without_line_end(line)
@@ -4058,7 +4063,7 @@ def read_prompt() -> str:
 
 
 class SafeHistory(history.FileHistory):
-    """Prompts of earlier sessions: neither a full disk nor a strange file stops a chat."""
+    """Prompts of earlier sessions; a full disk or an odd file does not stop a chat."""
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -4078,14 +4083,14 @@ def open_history() -> history.History:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a pipe would block
             return history.InMemoryHistory()
-        path.touch(0o600)  # only for the user
+        path.touch(0o600)  # readable only by the user
         return SafeHistory(path)
-    except (OSError, RuntimeError):  # no home folder, or one that is read-only
+    except (OSError, RuntimeError):  # no home folder, or a read-only one
         return history.InMemoryHistory()
 
 
 class FileCompleter(completion.PathCompleter):
-    """Names of files that can be typed: no undecodable bytes; a folder ends in /."""
+    """Completes names of files that can be typed: no undecodable bytes; a folder ends with /."""
 
     def get_completions(
         self, document: prompt_toolkit.document.Document, event: completion.CompleteEvent
@@ -4100,18 +4105,18 @@ def prompt_reader(interrupt: OneInterrupt) -> Callable[[], str]:
     """Function that reads a prompt; it raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
     is_terminal = on_terminal(sys.stdin) and on_terminal(sys.stdout)
     if not is_terminal or os.environ.get("TERM") == "dumb":
-        return interrupt(read_prompt)  # there Ctrl-C is a signal
+        return interrupt(read_prompt)  # in which Ctrl-C is a signal
     os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # some terminals answer too late
     words = [f"/set {option_name(setting.name)}" for setting in fields(SampleConfig)]
     words += [f"/{name}" for name in CHAT_COMMANDS]
     files = dict.fromkeys(("/read", "/model"), FileCompleter(expanduser=True))
-    # Without a space NestedCompleter offers /read in the middle of a word: and/or.
+    # Without this, NestedCompleter offers /read in the middle of a word such as and/or.
     has_argument = Condition(lambda: " " in session.default_buffer.text)
     file_completer = completion.NestedCompleter(files)
     completers = [completion.WordCompleter(words, sentence=True)]
     completers.append(completion.ConditionalCompleter(file_completer, has_argument))
     keys = KeyBindings()
-    # A pasted ESC[31m is taken for a click, which prompt_toolkit then fails to read.
+    # A pasted ESC[31m is taken for a mouse click, which prompt_toolkit then fails to parse.
     keys.add(Keys.Vt100MouseEvent)(lambda event: None)
     session = prompt_toolkit.PromptSession(
         "Prompt: ",
@@ -4150,7 +4155,7 @@ def chat_loop(model: Model, cfg: SampleConfig, load: Callable[[Path], Model]) ->
                 log(f"({as_options(str(error)).removeprefix('--')})")
             except OSError as error:
                 if not error.filename:
-                    raise  # the terminal, or the reader of a pipe, has gone
+                    raise  # the terminal, or the reader of a pipe, is gone
                 log(f"({error.filename}: {error.strerror})")
 
 
@@ -4175,7 +4180,7 @@ def without_paths(metadata: Metadata) -> Metadata:
 
 
 def model_card(model: Model, title: str, license: str) -> str:
-    """README.md for the Hub: front matter, then what a user of the model has to know."""
+    """README.md for the Hub: front matter, then what a user of the model needs to know."""
     hub = optional("huggingface_hub")
     m = model.metadata
     text = str(m.data)
@@ -4232,10 +4237,10 @@ License of the weights: {license}. License of the text: {rights}.
 
 
 def hub_documents(model: Model) -> dict[str, dict]:
-    """The JSON files that transformers loads a model with, by name."""
+    """The JSON files from which transformers loads a model, by name."""
     config = model.network.config
     vocab = {c: i for i, c in enumerate(model.tokenizer.characters)}
-    # Only length ends a text. An empty prompt stands for a line end, as here.
+    # Only its length ends a text. An empty prompt stands for a line end, as in this program.
     ids = dict(bos_token_id=vocab.get("\n", 1), eos_token_id=None, pad_token_id=0)
     tokens = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), UNKNOWN)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -4266,7 +4271,7 @@ def hub_documents(model: Model) -> dict[str, dict]:
 
 
 def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
-    """Content of the files that transformers loads a model from, by name.  raises: UserError"""
+    """Content of the files from which transformers loads a model, by name.  raises: UserError"""
     is_evaluated = model.metadata.validation_loss is not None
     require(is_evaluated, "this run has not been evaluated yet; train it for 50 steps or more")
     is_id = license.isascii() and license.isprintable()
@@ -4289,7 +4294,7 @@ def hub_files(model: Model, title: str, license: str) -> dict[str, bytes]:
 
 
 def gguf_entries(model: Model, name: str, half: bool) -> dict:
-    """Key-value entries of a GGUF file, by the names of the writer's methods."""
+    """Key-value entries of a GGUF file, by the name of the writer's method for each."""
     gguf = optional("gguf")
     config = model.network.config
     spelling = gguf.bytes_to_unicode()  # GPT-2's visible character for each byte
@@ -4342,7 +4347,7 @@ def export(
     """Write a folder for transformers, a GGUF file, or both.  raises: UserError"""
     require_gpt2(model.network)
     require(gguf or not half, "`f16`: applies only to the GGUF file; add `gguf=FILE`")
-    is_gguf = not gguf or gguf.suffix.lower() == ".gguf"  # so it replaces no README.md
+    is_gguf = not gguf or gguf.suffix.lower() == ".gguf"  # so that it cannot replace README.md
     require(is_gguf, f"{gguf}: must end in .gguf; choose another name")
     is_folder = not folder or folder.is_dir() or not os.path.lexists(folder)
     require(is_folder, f"{folder}: is not a folder; choose another name")
@@ -4380,7 +4385,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
     hub = optional("huggingface_hub")
     errors = optional("huggingface_hub.errors")
     utils = optional("huggingface_hub.utils")
-    utils.logging.set_verbosity_error()  # no warnings of a server, with its control characters
+    utils.logging.set_verbosity_error()  # no server warnings with control characters
     try:
         utils.validate_repo_id(name)
     except errors.HFValidationError:
@@ -4393,7 +4398,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
         raise UserError(f"{name}: not uploaded: {first_line(error)}") from None
     require(has_token, f"{name}: not logged in to the Hub; 'hf auth login', or set HF_TOKEN")
     require_gpt2(model.network)
-    files = hub_files(model, name, license)  # before anything is created
+    files = hub_files(model, name, license)  # before anything is created on the Hub
     commit = [hub.CommitOperationAdd(path, content) for path, content in files.items()]
     try:
         api = hub.HfApi()
@@ -4405,9 +4410,9 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
         api.create_commit(name, commit, commit_message=f"Upload with Anexa {__version__}")
     except UserError:
         raise
-    except Exception as error:  # the client checks no answer: a bad one raises anything
+    except Exception as error:  # the client does not check answers: bad ones may raise anything
         fix = "check name and connection, or 'hf auth login' with a token that may write there"
-        token = repr(hub.get_token())[1:-1]  # as an error shows one with control characters
+        token = repr(hub.get_token())[1:-1]  # as errors show control characters
         reason = first_line(error).replace(token, "...")
         if isinstance(error, (AttributeError, LookupError, TypeError)):
             reason = f"unexpected answer of the server ({reason})"
@@ -4416,7 +4421,7 @@ def push(model: Model, name: str, license: str, private: bool) -> str:
 
 
 # ---- command line --------------------------------------------------------------------------------
-# It parses, calls the library, and prints.
+# Parses the arguments, calls the library, and prints.
 
 DASHES = "what begins with - goes last, after --, for example: -- -text, or after --stop= or --out="
 
@@ -4430,7 +4435,7 @@ def option_name(name: str) -> str:
 
 
 def as_options(message: str) -> str:
-    """A message with settings as Python names them, in the words of the command line."""
+    """A message in which settings, named as in Python, become command-line options."""
 
     def spell(match: re.Match) -> str:
         option = f"--{option_name(match[1])}"
@@ -4441,7 +4446,7 @@ def as_options(message: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and options for the fields of a config."""
+    """argparse with one-line errors, and with options for the fields of a config."""
 
     def error(self, message):
         hint = f"see {self.prog} --help"
@@ -4455,7 +4460,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(hide_secrets(message))} ({hint})\n")
 
     def add_config(self, title: str, config: type, skip: Iterable[str] = ()) -> None:
-        """An option for each field; one that is not given stays absent."""
+        """Add an option for each field; options that are not given are absent from the result."""
         group = self.add_argument_group(title)
         for setting in fields(config):
             help = setting.metadata["help"]
@@ -4539,7 +4544,7 @@ def build_parser(name: str) -> Parser:
 
 
 def training_settings(args: argparse.Namespace) -> dict:
-    """Size, shape and training settings that were given as options."""
+    """The size, shape and training settings that were given as options."""
     names = {"size", *GPTConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__}
     return {name: value for name, value in vars(args).items() if name in names}
 
@@ -4575,13 +4580,13 @@ def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
         raise UserError(f"unexpected argument '{missing_name(prompts[1])}'; {fix}")
     path = take_model(args, models)
     prompt = prompts[0]
-    if prompt == "-":  # the way to have line ends in a prompt on Windows
+    if prompt == "-":  # the only way to put line ends into a prompt on Windows
         prompt = without_line_end(sys.stdin.read())
     return prompt, path
 
 
 def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> Model:
-    """A model on the device of --device: one text of a small network is faster on a CPU."""
+    """A model on the --device; a small network writes one text faster on a CPU."""
     model = load(path, plain=True)
     device = select_device(args.device)
     is_small = model.network.config.n_parameters() < 4_000_000
@@ -4597,7 +4602,7 @@ def load_model(path: Path, args: argparse.Namespace, one_text: bool = True) -> M
 
 def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
     """Returns the path of the model file."""
-    # torchrun repeats the command line after a failure: --restart was asked for once.
+    # torchrun repeats the command line after a failure, but --restart was meant for the first time.
     is_repeated = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     signals = SignalCatcher()
     with handle_signals(signals.handle):
@@ -4636,7 +4641,7 @@ def cmd_train(args: argparse.Namespace, hint: str = "") -> Path:
 def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
     """Whether these are the texts of a model: by their names, or else by their content.
 
-    The names of addresses are saved without their queries, and a file has several names.
+    URLs are saved without their queries, and a file may have several names.
     """
     has_names = [public_name(name) for name in names] == m.data.names
     has_address = any(map(is_url, names))
@@ -4647,7 +4652,7 @@ def is_text_of(names: list[str], args: argparse.Namespace, m: Metadata) -> bool:
     try:
         corpus = load_corpus(names, args.encoding, args.replace_errors)
     except UserError as error:
-        if has_names:  # without a network the model can still be opened
+        if has_names:  # without a network, the model can still be opened
             log(f"NOTE: {as_options(str(error))}")
         return has_names
     return corpus.info.sha256 == m.data.sha256
@@ -4669,10 +4674,10 @@ def cmd_run(args: argparse.Namespace) -> None:
         m = read_file(out, "choose another `out`").metadata
         is_same = not config_diff(asked, m.settings())
         is_done = is_same and (not names or is_text_of(names, args, m))
-    sampling = replace(sampling_settings(args), seed=None)  # --seed is that of the training run
+    sampling = replace(sampling_settings(args), seed=None)  # --seed is for the training run
     if is_done:
         log(f"{out}: {m}. /help lists the commands.")
-    else:  # which refuses to train over a finished model
+    else:  # cmd_train refuses to overwrite a finished model
         out = cmd_train(args, hint="At the prompt, /help lists the commands.")
     chat_loop(load_model(out, args), sampling, partial(load_model, args=args))
 
@@ -4699,7 +4704,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
         for pieces in model.stream_batch(prompt, cfg):
             write_stdout(pieces[0])
         return write_stdout("\n")
-    for first in range(0, n, 64):  # more at once would fill the memory with keys and values
+    for first in range(0, n, 64):  # keys and values of more would fill the memory
         pieces = model.stream_batch(prompt, cfg, range(first, min(n, first + 64)))
         for text in map("".join, zip(*pieces, strict=True)):
             write_stdout(f"{prompt}{text}\n{'-' * 40}\n")
@@ -4719,7 +4724,7 @@ def cmd_explain(args: argparse.Namespace) -> None:
         "why": lambda: view_why(model, shown, "", console),
         "attn": lambda: view_attn(model, text, args.layer, args.head, console),
     }
-    with console.capture() as output:  # so that an error comes before all of them
+    with console.capture() as output:  # so that an error precedes all of them
         for i, name in enumerate(args.view or VIEWS):
             if i > 0:
                 console.print()
@@ -4831,7 +4836,7 @@ def overview() -> str:
 
 
 def check_words(words: list[str]) -> None:
-    """Arguments without a command must be texts.  raises: UserError"""
+    """Arguments given without a command must be texts.  raises: UserError"""
     for word in words:
         shown = missing_name(word)
         is_command = word in COMMANDS and not os.path.exists(word)
@@ -4850,25 +4855,25 @@ def parse_args(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     name = None
     if argv and argv[0] in COMMANDS:
         name, *argv = argv
-    elif argv and argv[0].endswith(SUFFIXES):  # a model is opened
+    elif argv and argv[0].endswith(SUFFIXES):  # opens a model
         name = "chat"
     literal = []
-    if "--" in argv:  # what follows is no option
+    if "--" in argv:  # what follows is not an option
         at = argv.index("--")
         literal = argv[at + 1 :]
         argv = argv[:at]
     for word in argv:
-        is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse reads -nothing as -n othing
+        is_text = re.match(r"-[hnk](?!=?-?\d*$)", word)  # argparse would read -nothing as -n othing
         require(not is_text, f"'{missing_name(word)}': options begin with --; {DASHES}")
     args = build_parser(name or "run").parse_intermixed_args(argv)
     args.words += literal
-    if not name:  # --data takes a command that follows it, too
+    if not name:  # --data also consumes a command that follows it
         check_words([word for word in args.data if word in COMMANDS] + args.words)
     return COMMANDS[name or "run"], args
 
 
 def prepare_streams() -> None:
-    """Replace closed standard streams, and never fail on a character that a stream lacks."""
+    """Replace closed standard streams, and never fail on characters that a stream cannot encode."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         errors = "backslashreplace" if fd else "replace"
@@ -4881,8 +4886,8 @@ def prepare_streams() -> None:
 
 
 def explain_runtime_error(error: Exception) -> str | None:
-    """One line for an error from the depths of PyTorch that a user can fix, else None."""
-    # PyTorch's CPU allocator raises RuntimeError, with other words on Windows.
+    """One line for an internal error of PyTorch that a user can fix, else None."""
+    # PyTorch's CPU allocator raises RuntimeError, with different words on Windows.
     words = "MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
     if re.search(words, repr(error)):
         fix = "a smaller --batch-size, --block-size or model; --grad-accum 2 keeps the batch"
@@ -4902,7 +4907,7 @@ def main(argv: list[str]) -> int:
             with share_cores():
                 command.run(args)
         finally:
-            sys.stdout.flush()  # else a full disk would show only when Python ends
+            sys.stdout.flush()  # else a full disk would be reported only when Python exits
         return 0
     except BrokenPipeError:  # stdout was closed, for example by head
         return 0
@@ -4922,7 +4927,7 @@ def main(argv: list[str]) -> int:
 
 
 def drop_unwritten() -> None:
-    """Drop what a stream cannot take; else Python would complain when it ends."""
+    """Discard what a stream cannot write; otherwise Python would report an error when it exits."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -4936,6 +4941,6 @@ if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: no traceback of the shutdown
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback during shutdown
         drop_unwritten()
     sys.exit(status)

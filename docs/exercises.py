@@ -1,10 +1,10 @@
-"""Solutions to the code exercises of reading.md. Each one but `heads` trains a tiny network, prints
-what it finds, and ends with an AssertionError if that is not what reading.md says.
+"""Solutions to the code exercises of reading.md. Each one except `heads` trains a tiny network,
+prints what it finds, and fails with an AssertionError if that is not what reading.md says.
 
     python docs/exercises.py             all of them, less than a minute
     python docs/exercises.py mask cache  some of them
 
-The text is the language reference inside your Python: figures differ between its versions.
+The text is the language reference that comes with your Python: figures differ between versions.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def make_trainer(
 
 @lru_cache
 def baseline() -> Trainer:
-    """The network without any change, trained."""
+    """The trained network, without any change."""
     trainer = make_trainer()
     trainer.fit()
     return trainer
 
 
 def entropy(text: str) -> float:
-    """Loss in nats per character of a model that knows the frequencies and nothing else."""
+    """Loss in nats per character of a model that knows only the character frequencies."""
     total = 0.0
     for count in Counter(text).values():
         p = count / len(text)
@@ -109,7 +109,7 @@ def mask() -> None:
 
 
 def distinct_share(text: str, n: int = 12) -> float:
-    """Number of distinct n-grams of a text, divided by that of all its n-grams."""
+    """Share of distinct n-grams among all n-grams of a text."""
     ngrams = [text[i : i + n] for i in range(len(text) - n + 1)]
     return len(set(ngrams)) / len(ngrams)
 
@@ -152,7 +152,7 @@ class BlockWithoutResidual(Block):
 
 
 def set_network(trainer: Trainer, network: GPT) -> None:
-    """Let a Trainer that has not begun train another network."""
+    """Make a Trainer that has not started yet train another network."""
     trainer.network = network
     trainer.ema = copy.deepcopy(network).requires_grad_(False).eval()
     trainer.init_optimizers()
@@ -197,7 +197,7 @@ def cache() -> None:
     """The KV cache changes the time, not the text."""
     n = 250
     trainer = make_trainer(steps=50, config=replace(CONFIG, block_size=256))
-    for _ in range(10):  # enough that each block adds something
+    for _ in range(10):  # enough for each block to add something
         trainer.step()
     network = trainer.ema
     tokenizer = trainer.corpus.tokenizer
@@ -236,7 +236,7 @@ def main(names: list[str]) -> None:
         if name not in EXERCISES:
             print(f"{name}: no such exercise; choose from {', '.join(EXERCISES)}", file=sys.stderr)
             sys.exit(2)
-    torch.set_num_threads(1)  # in a network this tiny they would wait for each other
+    torch.set_num_threads(1)  # in a network this small, threads would wait for each other
     for name in names or EXERCISES:
         exercise = EXERCISES[name]
         print(f"--- {name}: {exercise.__doc__}")

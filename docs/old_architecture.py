@@ -2,7 +2,7 @@
 """The GPT of anexagpt.py in pure Python: scalar autograd, matrices as lists, no dependencies.
 
     python docs/old_architecture.py                              train on this file, then prompt
-    python docs/old_architecture.py --model model.safetensors    prompt a model of anexagpt.py
+    python docs/old_architecture.py --model model.safetensors    prompt a model from anexagpt.py
 
 A matrix is a list of rows; a vector is a matrix with one row. The entries are Values, which record
 the computation graph for backpropagation, or floats, for inference. Every function accepts both.
@@ -161,8 +161,8 @@ def detach(matrix):
 
 
 # ---- matrices ------------------------------------------------------------------------------------
-# Forward and backward pass of an operation compute on floats, with inner loops in C. A dot product
-# of K numbers makes one Value, not 2K - 1.
+# The forward and backward passes of an operation compute on floats, with inner loops in C. A dot
+# product of K numbers creates one Value, not 2K - 1.
 
 flatten = chain.from_iterable
 
@@ -499,7 +499,7 @@ def evaluate(ids, state_dict, config):
 
 
 def fit(state_dict, config, train_ids, val_ids, args, rng):
-    """Train the parameters in place; history, rows of [step, mean loss, validation loss]."""
+    """Train the parameters in place. Returns rows of [step, mean loss, validation loss]."""
     lr = args.learning_rate
     max_steps = args.max_steps
     eval_interval = math.ceil(max_steps / 10)
@@ -523,7 +523,7 @@ def fit(state_dict, config, train_ids, val_ids, args, rng):
 
 
 def unigram_entropy(ids):
-    """Loss in nats of the best guess that knows only how often each of `ids` occurs."""
+    """Loss in nats of the best prediction that knows only the frequencies of the `ids`."""
     counts = Counter(ids).values()
     return sum(n / len(ids) * math.log(len(ids) / n) for n in counts)
 
@@ -546,7 +546,7 @@ def train(args):
     require(enough, f"{name}: {len(text)} characters; --block-size {T} needs over {10 * T}")
     fix = f"choose another --out; if it is a model, prompt it with --model {args.out}"
     require(not os.path.lexists(args.out), f"{args.out}: exists; {fix}")
-    tempfile.TemporaryFile(dir=args.out.parent).close()  # fails now if saving would fail
+    tempfile.TemporaryFile(dir=args.out.parent).close()  # fail before training if saving would fail
     entropy = unigram_entropy(ids)
     log(f"{name}: {len(text):,} characters, unigram entropy {entropy:.4f}, {config}")
     rng = random.Random(args.seed)
@@ -600,7 +600,7 @@ def generate_ids(ids, state_dict, config, temperature, rng):
 # ---- model file ----------------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of a JSON header, the header, the tensors in little-endian.
 
-LARGEST = 1e3  # no weight of a run that went well is larger
+LARGEST = 1e3  # no weight of a successful run is larger
 
 
 def tensor_entries(config, names):
@@ -617,7 +617,7 @@ def tensor_entries(config, names):
 
 
 def save_model(path, config, state_dict, metadata):
-    """Write a model file, whole or not at all. Returns its path: not `path` if that exists."""
+    """Write a model file atomically. Returns its path, which is another one if `path` exists."""
     fields = {name: json.dumps(value) for name, value in metadata.items()}
     header = {"__metadata__": {"format": "pt", "format_version": "1"} | fields}
     text = json.dumps(header | tensor_entries(config, state_dict)).encode()
@@ -630,7 +630,7 @@ def save_model(path, config, state_dict, metadata):
     temporary = path.with_name(f".anexa-{secrets.token_hex(6)}.tmp")
     try:
         temporary.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *tensors]))
-        while os.path.lexists(path):  # another program has made one during this run
+        while os.path.lexists(path):  # another program created it during this run
             path = path.with_name(f"new-{path.name}")
         os.replace(temporary, path)
     finally:
@@ -658,7 +658,7 @@ def read_header(file):
 
 
 def read_tensors(file, entries):
-    """State dict of floats from the rest of a model file after its header."""
+    """State dict of floats from the part of a model file that follows its header."""
     n = sum(math.prod(entry["shape"]) for entry in entries.values())
     numbers = struct.unpack(f"<{n}f", file.read(4 * n + 1))  # fails if there are more
     require(all(abs(x) < LARGEST for x in numbers), "weights not finite, or absurdly large")
@@ -694,19 +694,19 @@ def log(text="", end="\n"):
     """Print to standard error: standard output is for generated text."""
     try:
         print(escape_control(text), end=end, file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it any more: the run goes on
+    except OSError:  # nobody reads it any more; the run continues
         sys.stderr = io.StringIO()
 
 
 def write(text):
-    """Print generated text; as it is to a pipe, without control characters to a terminal."""
+    """Print generated text: unchanged to a pipe, without control characters to a terminal."""
     if sys.stdout.isatty():
         text = escape_control(text)
     print(text, end="", flush=True)
 
 
 def chat(config, characters, state_dict, temperature, max_new):
-    """Continue prompts from standard input until `quit`, `exit` or its end."""
+    """Continue prompts from standard input until `quit`, `exit` or the end of input."""
     log("\n--- Interactive Generation ---\nEnter a prompt to continue (or 'quit' to exit)")
     while True:
         log("Prompt: ", end="")
@@ -775,7 +775,7 @@ def main(argv):
     args = parse_args(argv)
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # it was closed, as by <&-
+        if stream is None:  # it was closed, for example by <&-
             setattr(sys, name, io.StringIO())
         else:
             stream.reconfigure(errors="backslashreplace")
