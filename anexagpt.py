@@ -3817,7 +3817,7 @@ def view_probs(model: Model, text: str, cfg: SampleConfig, console: Console) -> 
 
 
 def view_why(model: Model, text: str, prompt: str, console: Console) -> None:
-    """Surprisal of each character of a text that follows a prompt."""
+    """Surprise of each character of a text that follows a prompt."""
     text, _ = model.tokenizer.normalize_prompt(text)
     require(text, "there is no answer to look at; type a prompt")
     n_hidden = len(text) - len(shown_part(text))
@@ -4580,7 +4580,7 @@ def take_prompt(args: argparse.Namespace, name: str) -> tuple[str, Path]:
         raise UserError(f"unexpected argument '{missing_name(prompts[1])}'; {fix}")
     path = take_model(args, models)
     prompt = prompts[0]
-    if prompt == "-":  # the only way to put line ends into a prompt on Windows
+    if prompt == "-":  # a way to put line ends into a prompt on Windows
         prompt = without_line_end(sys.stdin.read())
     return prompt, path
 
