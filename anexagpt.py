@@ -548,6 +548,7 @@ def context_length(step: int, cfg: TrainConfig, block_size: int) -> int:
     The next character depends mostly on the few before it. Attention learns to find these sooner
     among 32 characters than in the full context; until it does, the loss stays near that of a
     bigram model. Every fourth step has the full context, so the model learns to use all of it.
+    Fine-tuning starts from a model that has learned both: all of its steps have the full context.
     source: Press et al. 2021, "Shortformer: Better Language Modeling using Shorter Inputs",
     section 4, where all early windows are short
     """
