@@ -200,13 +200,13 @@ class TrainConfig(Config):
     """How a model is trained; part of every model file. `resolve` gives each None a value."""
 
     max_steps: int = option(5_000, "optimizer steps", 1, 100_000_000)
-    batch_size: int | None = option(None, "windows per step (default: by the device)", 1, 100_000)
+    batch_size: int | None = option(None, "windows per step (depends on the device)", 1, 100_000)
     grad_accum: int = option(1, "micro-batches per step: less memory, same batch", 1, 100_000)
     muon_learning_rate: float | None = option(
-        None, "peak rate of Muon: matrices of the blocks (default: by the batch)", 0.0, 10.0
+        None, "peak rate of Muon: matrices of the blocks (default: depends on the batch)", 0.0, 10.0
     )
     learning_rate: float | None = option(
-        None, "peak rate of AdamW: all other weights (default: by the channels)", 0.0, 10.0
+        None, "peak rate of AdamW: all other weights (default: depends on the channels)", 0.0, 10.0
     )
     weight_decay: float = option(0.1, "decoupled weight decay of Muon's matrices", 0.0, 10.0)
     warmup_steps: int = option(50, "linear warm-up, at most a tenth of the run", 0, 100_000_000)
@@ -768,7 +768,7 @@ def evaluate(
     """
     T = network.config.block_size
     count = int(np.count_nonzero(ids[1:]))
-    require(count, "the text to evaluate on has no known character to predict; take another")
+    require(count, "the text to evaluate on has no known character to predict; use another")
     padding = (1 - len(ids)) % T  # fills the last window; id 0 does not count as a target
     ids = np.pad(ids, (0, padding))
     inputs = ids[:-1].reshape(-1, T)  # (N, T)
@@ -827,7 +827,7 @@ class Trainer:
         T = config.block_size
         is_enough = len(self.train_ids) > 2 * T and len(val_ids) > 1
         found = f"{corpus.info}: {len(corpus.ids):,} characters"
-        require(is_enough, f"{found} are too few for `block_size={T}`; take a longer text")
+        require(is_enough, f"{found} are too few for `block_size={T}`; use a longer text")
         self.cfg = cfg = resolve(cfg, config, len(self.train_ids), self.device.type, dtype)
         # Evaluation takes about a tenth of the time: a character costs a third of one in training.
         n_val = max(20_000, cfg.eval_interval * cfg.batch_size * T // 3)
@@ -1077,7 +1077,7 @@ class SampleConfig(Config):
     top_k: int = option(0, "draw from the k likeliest characters; 0 is off", 0, 0x110000)
     top_p: float = option(1.0, "draw from the fewest that reach this probability; 1 is off", 0, 1)
     min_p: float = option(0.0, "exclude what is below this times the likeliest; 0 is off", 0, 1)
-    repetition_penalty: float = option(1.0, "above 1: repeats get less likely", 0.01, 100)
+    repetition_penalty: float = option(1.0, "above 1: repeats become less likely", 0.01, 100)
     no_repeat_ngram_size: int = option(0, "never repeat a text of n characters; 0 is off", 0, 1000)
     max_new: int = option(300, "characters to write", 0, 10**12)
     stop: tuple = option((), r"stop before this text; may be repeated; \n is a line end")
@@ -1870,7 +1870,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is set but not MASTER_ADDR; {fix}")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     require(rank < world_size, f"RANK={rank}: must be below WORLD_SIZE={world_size}; {fix}")
-    require(device.type != "mps", "torchrun: its processes cannot share an MPS; add `device=cpu`")
+    require(device.type != "mps", "torchrun: processes cannot share MPS; add `device=cpu`")
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
@@ -1885,7 +1885,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"torchrun: the ranks cannot meet: {first_line(error)}") from None
+            raise UserError(f"torchrun: the ranks cannot connect: {first_line(error)}") from None
     try:
         yield DistributedContext(rank, world_size)
     finally:
@@ -1937,7 +1937,7 @@ def atomic_write(path: Path, may_replace: Callable[[], bool] = lambda: True) -> 
             try:
                 shutil.copymode(path, temporary)
             except OSError as error:
-                note_once(f"{path.parent}: mode bits of files cannot be copied ({error.strerror})")
+                note_once(f"{path.parent}: file permissions cannot be copied ({error.strerror})")
         if not may_replace():
             raise FileExistsError(errno.EEXIST, "was created by another program")
         os.replace(temporary, path)
@@ -1998,9 +1998,9 @@ def user_path(name: str | Path) -> Path:
     fix = "only texts are downloaded, from http:// and https://; name a file on this computer"
     require(is_local, f"{printable(public_name(name))}: {fix}")
     require(name, "'': is an empty name, perhaps from an unset variable; give a name")
-    require("\0" not in name, f"{printable(name)}: is no name of a file; leave the \\0 out")
+    require("\0" not in name, f"{printable(name)}: is not a valid file name; remove the \\0")
     path = Path(os.path.expanduser(name))
-    require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the whole path")
+    require(path.parts[:1] != ("~",), f"{name}: there is no home folder; give the full path")
     return path
 
 
@@ -2072,7 +2072,7 @@ class RunFile:
             if folder:  # half a file would only waste space
                 shutil.rmtree(folder, ignore_errors=True)
             failed = f"cannot be saved ({reason}), nor in a temporary folder ({save_error(error)})"
-            raise UserError(f"{self.path}: {failed}; make room, and resume") from None
+            raise UserError(f"{self.path}: {failed}; free up space, and resume") from None
         raise UserError(f"{self.path}: {reason}; saved to {other} instead: move it here")
 
     def remove(self) -> None:
@@ -2121,7 +2121,7 @@ class SavedFile(NamedTuple):
         return "loss_sum" in self.tensors
 
 
-def read_file(path: Path, fix: str = "name another, or fetch it again") -> SavedFile:
+def read_file(path: Path, fix: str = "name another, or download it again") -> SavedFile:
     """Content of a model file or a checkpoint.  raises: UserError unless it is complete and ours"""
     if not path.exists():
         shown = missing_name(path)
@@ -2189,9 +2189,9 @@ def load(
     not_complete = f"{path}: not a complete model of Anexa:"
     if wrong:
         names = printable(", ".join(wrong[:3]))[:200]
-        raise UserError(f"{not_complete} its tensors {names} are not as expected; fetch it again")
+        raise UserError(f"{not_complete} its tensors {names} are unexpected; download it again")
     network.load_state_dict(weights)
-    require(weights_are_sane(network), f"{not_complete} weights not finite; fetch it again")
+    require(weights_are_sane(network), f"{not_complete} weights not finite; download it again")
     network = network.to(select_device(device)).eval()
     model = Model(network, Tokenizer(metadata.characters), metadata, path)
     if not plain:
@@ -2323,7 +2323,7 @@ def check_download(path: Path, url: str, type: str, ending: str) -> None:
     has_tag = start.startswith(b"<") and re.search(rb"<(!doctype html|html|head)\b", start)
     is_page = has_tag or "html" in type.lower()
     wants_page = urlsplit(url).path.lower().endswith((".html", ".htm"))
-    fix = "of a login or of a viewer; give the address of the plain text"
+    fix = "a login or a viewer; give the address of the plain text"
     require(wants_page or not is_page, f"a web page, perhaps {fix}")
     require(first, "an empty answer")
     words = " ".join(last.split())  # regardless of line breaks
@@ -2447,7 +2447,7 @@ def download(name: str) -> Path:
         except (UserError, ValueError) as error:
             reasons.append(f"{host}: {first_line(error)}")  # it may quote the server
         except OSError as error:  # a UserError would lead to FALLBACK
-            fix = "make room, or start in another folder"
+            fix = "free up space, or start in another folder"
             error.strerror = f"cannot be stored ({save_error(error)}); {fix}"
             raise
     fix = "try again, or give a text file"
@@ -2538,7 +2538,7 @@ def strip_license(text: str) -> str:
         book = body.strip()
     n_outside = len(text) - len(book)
     if n_outside > 30_000:  # header and license have about 20,000
-        note_once(f"outside of Project Gutenberg's markers, left out: {n_outside:,} characters")
+        note_once(f"left out {n_outside:,} characters outside Project Gutenberg's markers")
     return book + "\n"
 
 
@@ -2686,7 +2686,7 @@ def store_ids(pieces: Iterable[ndarray], dtype: np.dtype, folder: str | None) ->
             raise
         reason = f"the ids of the text cannot be stored ({save_error(error)})"
         place = folder or tempfile.gettempdir()
-        raise UserError(f"{place}: {reason}; make room, or choose another folder") from None
+        raise UserError(f"{place}: {reason}; free up space, or choose another folder") from None
 
 
 def load_corpus(
@@ -2708,7 +2708,7 @@ def load_corpus(
         if names:
             raise
         log(f"NOTE: {as_options(str(error))}.")
-        log(f"NOTE: using {FALLBACK}, the language reference inside your Python, instead.")
+        log(f"NOTE: using {FALLBACK}, the language reference that comes with Python, instead.")
         return load_corpus([FALLBACK])
     files = [source.content for source in sources if isinstance(source.content, Path)]
     for path in [path for path, n in Counter(map(real_path, files)).items() if n > 1]:
@@ -3018,7 +3018,7 @@ class ProgressDisplay:
             self.board.write(step=step, summary={"value": values})
         except OSError as error:
             reason = save_error(error)
-            log(f"NOTE: {self.board.folder}: no more is written there ({reason}); going on")
+            log(f"NOTE: {self.board.folder}: writing stopped ({reason}); training continues")
             self.board.close()
             self.board = None
 
@@ -3263,7 +3263,7 @@ class RunFiles:
             run = f"{done.data}, {done.step:,} steps"
             if diff := config_diff(asked, done.settings()):
                 run += f" ({diff})"
-            fix = "To keep it: `out=FILE`. To start anew: `restart`."
+            fix = "To keep it: `out=FILE`. To start over: `restart`."
             fix += f" To fine-tune it: `init={out}` `out=FILE`"
             if unfinished:
                 fix += f". To resume {path}: move the model away"
@@ -3297,7 +3297,7 @@ class RunFiles:
         try:
             self.checkpoint.write(trainer.state_dict(), header)
         except (OSError, MemoryError, RuntimeError) as error:
-            log(f"NOTE: {self.checkpoint.path}: not saved ({save_error(error)}); going on")
+            log(f"NOTE: {self.checkpoint.path}: not saved ({save_error(error)}); continuing")
         now = time.monotonic()
         self.next_save = now + max(trainer.cfg.checkpoint_interval, 100 * (now - started))
 
@@ -3343,7 +3343,7 @@ def check_corpus(corpus: Corpus, block_size: int, can_shrink: bool) -> None:
     fix = "save it again, or give its real `encoding`"
     require(is_text or len(corpus.ids) < needed, f"`data={corpus.info}`: {mostly}; {fix}")
     n = np.count_nonzero(corpus.ids)  # without U+FFFD
-    fix = f"training needs {needed:,}, 10 windows; take a longer text"
+    fix = f"training needs {needed:,}, 10 windows; use a longer text"
     if can_shrink:
         fix += " or a smaller `block_size`"
     require(n >= needed, f"`data={corpus.info}`: {n:,} characters, but {fix}")
@@ -4337,8 +4337,8 @@ def write_gguf(path: Path, model: Model, half: bool) -> None:
 
 def require_gpt2(network: GPT) -> None:
     """raises: UserError if the network was changed: other programs would compute something else"""
-    fix = "export with the program that it was before, or use it from Python"
-    message = f"this network is not GPT-2's, which other programs compute; {fix}"
+    fix = "export it with the original program, or use it from Python"
+    message = f"this network is not GPT-2, which other programs expect; {fix}"
     require(gpt2_decoder(copy.deepcopy(network).cpu().float().eval()), message)
 
 
@@ -4491,7 +4491,7 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
     ("push", "words", dict(metavar="NAME", help="USER/NAME on the Hub; and a model file")),
     ("run train eval", "--data", dict(nargs="+", metavar="TEXT", help=TEXTS)),
     ("run train eval", "--encoding",
-     dict(default="utf-8", metavar="NAME", help="of text files (default: utf-8)")),
+     dict(default="utf-8", metavar="NAME", help="encoding of text files (default: utf-8)")),
     ("run train eval", "--replace-errors", dict(**FLAG, help="read undecodable bytes as U+FFFD")),
     ("run train", "--out",
      dict(default=Path(MODEL), **FILE, help=f"model file to write (default: {MODEL})")),
@@ -4508,9 +4508,10 @@ ARGUMENTS = (  # commands, option, keywords of add_argument; "words" are the arg
      dict(default="auto", choices=("auto", "cuda", "mps", "cpu"),
           help="default: GPU, else CPU; CPU for one text of a small model")),
     ("run train eval", "--dtype",
-     dict(default="auto", choices=("auto", "float32", "bfloat16"), help="default: by the device")),
+     dict(default="auto", choices=("auto", "float32", "bfloat16"),
+          help="default: depends on the device")),
     ("run train chat generate explain eval", "--plain",
-     dict(**FLAG, help="use no fast paths (for learning or bug reports)")),
+     dict(**FLAG, help="turn off the fast paths (for learning or bug reports)")),
     ("generate", "-k --samples", dict(type=int, default=1, metavar="N", help="texts (default: 1)")),
     ("explain", "--view", dict(action="append", choices=VIEWS, help="may be repeated")),
     ("explain", "--layer", dict(default="", metavar="N", help="for attn (default: the last)")),

@@ -160,7 +160,7 @@ def test_port_in_use(cli):
         same |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         result = Fork(*LONG, **same).result(30)
     assert result.status == 2 and "Traceback" not in result.err
-    assert "the ranks cannot meet" in result.err.splitlines()[-1]
+    assert "the ranks cannot connect" in result.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

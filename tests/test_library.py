@@ -144,8 +144,8 @@ WRONG = [
     (dict(text=None, data="nowhere.txt", encoding=5), "`encoding=5`: unknown"),
     (dict(text="short"), "`data=text`: 5 characters, but training needs 170"),
     (dict(text="".join(map(chr, range(2**16, 2**17)))), "`text`: more than 65,535 different char"),
-    (dict(text=None, data="a\0b/*.txt"), r"a\\x00b.*: is no name of a file"),
-    (dict(out="a\0.safetensors"), r"a\\x00.*: is no name of a file"),
+    (dict(text=None, data="a\0b/*.txt"), r"a\\x00b.*: is not a valid file name"),
+    (dict(out="a\0.safetensors"), r"a\\x00.*: is not a valid file name"),
     (dict(out="model.bin"), r"`out=model\.bin`: must be a file ending in \.safetensors"),
     (dict(learning_rate=10.0, muon_learning_rate=10.0), "diverged.*`learning_rate=3.3`"),
 ]

@@ -109,7 +109,7 @@ def test_outputs_that_are_no_file_here(cli, monkeypatch, out):
     """Catches a folder named s3: or ~, in a container without a home, and a traceback."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     before = set(os.listdir())
-    assert cli(*RUN, "--out", out).is_error(out[:1], "name" if out[0] != "~" else "whole path")
+    assert cli(*RUN, "--out", out).is_error(out[:1], "name" if out[0] != "~" else "full path")
     assert set(os.listdir()) == before
 
 
@@ -264,7 +264,7 @@ def test_no_memory_to_save(cli, monkeypatch):
 
     monkeypatch.setattr(anexagpt, "write_tensors", fail)
     result = cli(*RUN, "--checkpoint-interval", 0)
-    assert result.status == 0 and "not saved (no memory); going on" in result.err
+    assert result.status == 0 and "not saved (no memory); continuing" in result.err
     monkeypatch.setattr(
         anexagpt, "write_tensors", lambda *_: (_ for _ in ()).throw(MemoryError("x"))
     )

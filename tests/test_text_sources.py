@@ -558,7 +558,9 @@ def test_no_room_for_a_long_text(cli, monkeypatch):
     monkeypatch.setattr(anexagpt.tempfile, "TemporaryFile", lambda dir: full)
     monkeypatch.setattr(anexagpt, "LONG_TEXT", 1)
     Path("a.txt").write_text(prose(9_000))
-    assert cli("train", "a.txt", *SMALL).is_error("ids of the text cannot be stored", "make room")
+    assert cli("train", "a.txt", *SMALL).is_error(
+        "ids of the text cannot be stored", "free up space"
+    )
 
 
 def test_no_room_for_a_download(cli, monkeypatch):
@@ -570,7 +572,7 @@ def test_no_room_for_a_download(cli, monkeypatch):
     monkeypatch.setattr(anexagpt, "fetch", fetch)
     result = cli("train", *SMALL)
     assert result.status == 2 and "python-docs" not in result.err
-    assert "cannot be stored (No space left on device); make room" in result.err
+    assert "cannot be stored (No space left on device); free up space" in result.err
 
 
 def test_secrets_of_an_address(cli, server):

@@ -451,7 +451,7 @@ def test_init_on_a_short_text(cli, tiny, tmp_path):
     (tmp_path / "t.txt").write_text("the cat " * 10)
     assert "block-size" in cli("train", "t.txt", *OPTIONS, "--max-steps", 1).err
     error = cli("train", "t.txt", "--init", tiny, "--max-steps", 1).err
-    assert "take a longer text" in error and "block-size" not in error
+    assert "use a longer text" in error and "block-size" not in error
 
 
 @pytest.mark.parametrize("rate, early", [(10, False), (10, True), (0, False)])
