@@ -1369,12 +1369,12 @@ def test_share(chromium, page, tiny, tmp_path):
             const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
             const context = canvas.getContext("2d");
             context.drawImage(bitmap, 0, 0);
-            const { data } = context.getImageData(0, 0, bitmap.width, bitmap.height), counts = {};
-            for (let i = 0; i < data.length; i += 4) {
-                const name = data.subarray(i, i + 3).join();
-                counts[name] = (counts[name] ?? 0) + 1;
-            }
-            return counts;
+            const { data } = context.getImageData(0, 0, bitmap.width, bitmap.height);
+            const name = (pixel) => new Uint8Array(Uint32Array.of(pixel).buffer).slice(0, 3).join();
+            const counts = new Map();
+            for (const pixel of new Uint32Array(data.buffer))
+                counts.set(pixel, (counts.get(pixel) ?? 0) + 1);
+            return Object.fromEntries(Array.from(counts, ([pixel, n]) => [name(pixel), n]));
         }""",
         base64.b64encode(picture).decode(),
     )
