@@ -30,7 +30,7 @@ from anexagpt import GPT, Block, Corpus, GPTConfig, SampleConfig, TrainConfig, T
 
 reference = anexagpt.load_corpus(["python-docs"])
 TEXT = reference.tokenizer.decode(reference.ids[:100_000])
-CONFIG = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
+CONFIG = GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32)
 
 
 def make_trainer(
